@@ -1,0 +1,327 @@
+"""The knobs: what a user may set, in config.json or on one job, with its type, range and default.
+
+Owns the settings file and the check of every value that comes from outside. Must not know of SQL,
+processes or the terminal: it raises BadInput or BadFile and the face (queuectl.py) says it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+DEFAULT_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
+YEAR_S = 365 * 86_400
+LAST_TIME = 253_402_300_799  # 9999-12-31T23:59:59Z, the last second that a date can name
+
+
+class BadInput(Exception):
+    """The call itself is wrong: what was given, its value, and what would be right. Exit 2."""
+
+
+class BadFile(Exception):
+    """The settings file cannot be used; the message names the file and the place. Exit 1."""
+
+
+class Setting(NamedTuple):
+    kind: type  # int: whole numbers only; float: any number
+    default: float
+    low: float
+    high: float
+    meaning: str
+
+
+SETTINGS = {
+    "max_retries": Setting(int, 3, 0, 1000, "times a failed job is run again"),
+    "backoff_base": Setting(float, 2.0, 0, 1000, "seconds, raised to the attempt number"),
+    "backoff_jitter": Setting(float, 0.5, 0, 10, "share of backoff_base added at random"),
+    "max_backoff_s": Setting(float, 3600, 0, YEAR_S, "cap on the power"),
+    "job_timeout_s": Setting(float, 0, 0, YEAR_S, "seconds a run may take; 0: no limit"),
+    "kill_grace_s": Setting(float, 5, 0, 3600, "seconds between SIGTERM and SIGKILL"),
+    "lock_timeout_s": Setting(float, 30, 2, 86_400, "a worker silent for so long is lost"),
+    "poll_interval_ms": Setting(int, 500, 10, 60_000, "the longest an idle worker sleeps"),
+    "output_limit_bytes": Setting(int, 8192, 0, 10 * 2**20, "kept of stdout and of stderr"),
+}
+ALIASES = {"default_timeout": "job_timeout_s"}
+
+# What a user may say of one job. Those that are also settings take their default from there.
+NUMBERS = {
+    "priority": Setting(int, 0, -(2**53), 2**53, "higher runs first"),
+    "max_retries": SETTINGS["max_retries"],
+    "backoff_base": SETTINGS["backoff_base"],
+    "timeout_s": SETTINGS["job_timeout_s"],
+}
+TEXTS = ("id", "command", "cwd")
+# A record that was printed can be pasted back: what the queue sets is ignored, not refused.
+SET_BY_QUEUE = frozenset(
+    "state attempts exit_code last_error stdout stderr worker"
+    " created_at updated_at started_at finished_at runs".split()
+)
+KNOWN = {*TEXTS, *NUMBERS, "run_at", "timeout"}
+ID_LIMIT = 128
+
+
+# --- the settings file -----------------------------------------------------------------------
+
+
+def load(path: str) -> dict[str, float]:
+    """Return all settings, those of the file over the defaults. A missing file means the defaults.
+
+    Raises BadFile if the file is no JSON object or one of its keys or values is not allowed.
+    """
+    settings = {key: setting.default for key, setting in SETTINGS.items()}
+    try:
+        with open(path, encoding="utf-8") as file:
+            stored = parse_object(file.read())
+        for key, value in stored.items():
+            name = setting_name(key)
+            settings[name] = check_number(name, value, SETTINGS[name])
+    except FileNotFoundError:
+        pass
+    except (BadInput, UnicodeDecodeError) as error:
+        raise BadFile(f"{path}: {error}; mend or remove the file") from None
+    except OSError as error:
+        raise BadFile(f"{path}: {error.strerror}") from None
+    return settings
+
+
+def store(path: str, key: str, text: str) -> dict[str, float]:
+    """Set one key in the file and return {key: value}; the file is replaced atomically.
+
+    Raises BadInput for an unknown key or a value that is no number or out of range, BadFile if
+    the file as it is cannot be read or written. The other entries of the file are kept.
+    """
+    import fcntl
+    import tempfile
+
+    name = setting_name(key)
+    value = check_number(name, parse_number(text), SETTINGS[name])
+    try:
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            # Locked, so that of two `config set` at once neither undoes the other.
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            settings = load(path) | {name: value}
+            # mkstemp makes it 0600; synced before the rename, else a power cut may leave it empty.
+            handle, new = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)))
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(json.dumps(settings, indent=2) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(new, path)
+            except BaseException:
+                os.unlink(new)
+                raise
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be written: {error.strerror}") from None
+    return {name: value}
+
+
+def setting_name(key: str) -> str:
+    """Return the one spelling of a key: `max-retries` and `max_retries` are alike."""
+    name = key.lower().replace("-", "_")
+    name = ALIASES.get(name, name)
+    if name not in SETTINGS:
+        raise BadInput(f'unknown setting "{key}"; there are: {", ".join(SETTINGS)}')
+    return name
+
+
+# --- one job ---------------------------------------------------------------------------------
+
+
+def check_job(
+    given: Any, settings: dict[str, float], now: float, cwd: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Turn what a user wrote into the row that database.enqueue takes; say what was ignored.
+
+    `given` is parsed JSON; `settings` fill in what it leaves out: they are copied into the job
+    here, so that a later `config set` never changes it. Raises BadInput, naming the field.
+    """
+    if not isinstance(given, dict):
+        raise BadInput(f"a job is a JSON object, not {json_kind(given)}")
+    ignored = []
+    job = {
+        "id": None,
+        "command": None,
+        "priority": 0,
+        "run_at": now,
+        "max_retries": settings["max_retries"],
+        "backoff_base": settings["backoff_base"],
+        "timeout_s": settings["job_timeout_s"],
+        "cwd": cwd,
+    }
+    if "timeout" in given and "timeout_s" in given:
+        raise BadInput('"timeout" and "timeout_s" are the same field; give one of them')
+    for name, value in given.items():
+        if name == "timeout":
+            name = "timeout_s"
+        if name in TEXTS:
+            job[name] = check_text(name, value)
+        elif name in NUMBERS:
+            job[name] = check_number(name, value, NUMBERS[name])
+        elif name == "run_at":
+            job["run_at"] = check_time(name, value)
+        elif name in SET_BY_QUEUE:
+            ignored.append(name)
+        else:
+            raise BadInput(f'unknown field "{name}"; a job has: {", ".join(sorted(KNOWN))}')
+    if job["command"] is None:
+        raise BadInput('a job needs a "command"')
+    if not job["command"].strip():
+        raise BadInput('"command" is empty')
+    if job["id"] is not None:
+        check_id(job["id"])
+    if job["cwd"] is not cwd:
+        job["cwd"] = os.path.join(cwd, os.path.expanduser(job["cwd"]))
+    return job, ignored
+
+
+def check_id(value: str) -> None:
+    if not value.strip():
+        raise BadInput('"id" is empty')
+    if len(value) > ID_LIMIT:
+        raise BadInput(f'"id" has {len(value)} characters; at most {ID_LIMIT} are allowed')
+    if not value.isprintable():
+        raise BadInput(f'"id" {value!a} has characters that cannot be printed')
+
+
+def check_text(name: str, value: Any) -> str:
+    """Return the text. NUL would cut it short in exec, a lone surrogate has no UTF-8."""
+    if not isinstance(value, str):
+        raise BadInput(f'"{name}" must be text, not {json_kind(value)}')
+    if "\0" in value:
+        raise BadInput(f'"{name}" contains a NUL character')
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadInput(f'"{name}" is not valid Unicode: {error.reason}') from None
+    return value
+
+
+def check_number(name: str, value: Any, setting: Setting) -> float:
+    # bool is an int to Python; to a user, true is no number.
+    if type(value) is not int and (type(value) is not float or setting.kind is int):
+        wanted = "a whole number" if setting.kind is int else "a number"
+        shown = value if type(value) is float else json_kind(value)
+        raise BadInput(f'"{name}" must be {wanted}, not {shown}')
+    if not setting.low <= value <= setting.high:  # false for NaN too
+        shown = f"{value:.6g}" if type(value) is float or abs(value) < 2**64 else "a huge number"
+        raise BadInput(f'"{name}" must be from {setting.low:g} to {setting.high:g}, not {shown}')
+    return value
+
+
+def check_time(name: str, value: Any) -> float:
+    """Return Unix seconds from Unix seconds or an ISO 8601 date; no offset means UTC."""
+    if type(value) in (int, float):
+        if not 0 <= value <= LAST_TIME:
+            raise BadInput(f'"{name}" {value!s:.40} is no time in Unix seconds')
+        return float(value)
+    try:
+        # Python 3.10 does not know the suffix Z.
+        moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", check_text(name, value).strip()))
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=timezone.utc)
+        return check_time(name, moment.timestamp())
+    except (ValueError, OverflowError):
+        raise BadInput(
+            f'"{name}" {value[:40]!a} is no date; write it like 2030-01-31T12:00:00Z'
+        ) from None
+
+
+# --- text to values --------------------------------------------------------------------------
+
+
+def parse_object(text: str) -> Any:
+    """Parse JSON, refusing a repeated key (of two values, which one was meant?) and NaN."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"not JSON: {error}") from None
+
+
+def parse_entries(lines: Iterator[str]) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, value) from a JSON array, or from one JSON object a line.
+
+    Lines are read one by one, so a million of them need no memory; an array is read whole.
+    """
+    for number, line in enumerate(lines, 1):
+        if line.lstrip().startswith("["):
+            yield from parse_array("".join([line, *lines]), number)
+            return
+        if line.strip():
+            try:
+                yield number, parse_object(line)
+            except BadInput as error:
+                raise BadInput(f"line {number}: {error}") from None
+
+
+def parse_array(text: str, first_line: int) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, value) of each entry of one JSON array, and refuse what follows it."""
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+    line, at, token = first_line, text.index("["), "["
+    try:
+        while token != "]":
+            start = re.compile(r"\s*").match(text, at + 1).end()
+            line += text.count("\n", at, start)
+            if token == "[" and text[start : start + 1] == "]":
+                at = start
+                break
+            value, end = decoder.raw_decode(text, start)
+            yield line, value
+            at = re.compile(r"\s*").match(text, end).end()
+            line += text.count("\n", start, at)
+            token = text[at : at + 1]
+            if token not in (",", "]"):
+                raise ValueError('"," or "]" is missing')
+        if text[at + 1 :].strip():
+            raise ValueError("something follows the array")
+    except (ValueError, RecursionError) as error:
+        message = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise BadInput(f"line {line}: not JSON: {message}") from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'the key "{repeated}" is repeated')
+    return found
+
+
+def refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
+def parse_number(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            raise BadInput(f'"{text}" is not a number') from None
+
+
+def parse_duration(text: str) -> float:
+    """Return seconds from `90`, `90s`, `1.5h`, `500ms`, `7d`. Raises BadInput."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|[smhdw])?", text.strip())
+    if match:
+        unit = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800, None: 1}
+        seconds = float(match[1]) * unit[match[2]]
+        if math.isfinite(seconds) and seconds <= 100 * YEAR_S:
+            return seconds
+    raise BadInput(f'"{text}" is no duration; write it like 30s, 5m, 2h or 7d')
+
+
+def json_kind(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "text", bool: "true or false"}
+    return names.get(type(value), "null" if value is None else "a number")
