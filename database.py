@@ -1,0 +1,729 @@
+"""The memory: schema, every SQL statement, every state change.
+
+Owns the queue file. Must not read a clock (`now` is passed in: Unix seconds, UTC), start or signal
+a process, or print. The life of a job, each arrow a function below:
+
+    enqueue      -> pending
+    claim        pending, failed -> processing
+    finish       processing -> completed | failed | dead | cancelled | put back
+    cancel       pending, failed -> cancelled; processing: a mark that its supervisor acts on
+    retry_dead   dead -> pending
+    prune        completed, dead, cancelled -> gone
+
+Each is one transaction. Those of several statements begin with BEGIN IMMEDIATE: one that reads and
+then writes would fail at once with SQLITE_BUSY_SNAPSHOT when another wrote in between, whatever the
+timeout (https://www.sqlite.org/isolation.html). A single statement is a transaction by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+DEFAULT_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "queue.db")
+BUSY_TIMEOUT_S = 60
+RECENT_RUNS = 10_000  # status looks at no more of them
+STATES = ("pending", "processing", "completed", "failed", "dead", "cancelled")
+SETTLED = ("completed", "dead", "cancelled")
+
+VERSION = 1
+SCHEMA = (
+    """
+    CREATE TABLE jobs (
+        seq          INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of enqueue, never used again
+        id           TEXT NOT NULL UNIQUE,   -- the name users know it by
+        command      TEXT NOT NULL,          -- run as /bin/sh -c COMMAND
+        priority     INTEGER NOT NULL,       -- higher first
+        run_at       REAL NOT NULL,          -- not before; all times are Unix seconds, UTC
+        max_retries  INTEGER NOT NULL,       -- at most 1 + max_retries runs
+        backoff_base REAL NOT NULL,          -- seconds, raised to the attempt number
+        timeout_s    REAL NOT NULL,          -- seconds a run may take; 0: no limit
+        cwd          TEXT NOT NULL,          -- where it runs
+        state        TEXT NOT NULL,          -- one of STATES
+        due          INTEGER,                -- waiting: 1 may run now, 0 later; else NULL
+        attempts     INTEGER NOT NULL DEFAULT 0,  -- runs begun since enqueue or DLQ retry
+        cancelling   INTEGER NOT NULL DEFAULT 0,  -- 1: its run is to be ended
+        worker       TEXT,                   -- who holds it, or held it last
+        exit_code    INTEGER,                -- of the latest run; -N: killed by signal N
+        last_error   TEXT,                   -- of the latest run; NULL: it succeeded
+        created_at   REAL NOT NULL,
+        updated_at   REAL NOT NULL,
+        started_at   REAL,                   -- of the latest run
+        finished_at  REAL                    -- of the latest run, or of the cancel
+    )""",
+    # What may run now, best first: the look reads its head and nothing else ...
+    "CREATE INDEX jobs_due ON jobs (priority DESC, run_at, seq) WHERE due = 1",
+    # ... because jobs of a later time wait apart, whatever their priority.
+    "CREATE INDEX jobs_later ON jobs (run_at) WHERE due = 0",
+    "CREATE INDEX jobs_state ON jobs (state)",  # counts, and lists by state in order of seq
+    """
+    CREATE TABLE runs (
+        id           INTEGER PRIMARY KEY,
+        job          INTEGER NOT NULL,       -- its seq
+        attempt      INTEGER NOT NULL,       -- 1 for the first; starts over after a DLQ retry
+        worker       TEXT NOT NULL,
+        due_at       REAL NOT NULL,          -- the job's run_at when it was claimed
+        started_at   REAL NOT NULL,
+        started_mono REAL NOT NULL,          -- the same on the monotonic clock, for timeouts
+        finished_at  REAL,                   -- NULL: it runs
+        outcome      TEXT,                   -- completed, failed, cancelled; stopped: not counted
+        exit_code    INTEGER,
+        error        TEXT,
+        stdout_bytes INTEGER,                -- written in all; the end of them is kept:
+        stderr_bytes INTEGER,
+        stdout       BLOB,
+        stderr       BLOB
+    )""",
+    "CREATE INDEX runs_job ON runs (job)",
+    """
+    CREATE TABLE supervisors (
+        id           INTEGER PRIMARY KEY AUTOINCREMENT,
+        host         TEXT NOT NULL,
+        boot         TEXT NOT NULL,          -- names one boot of that host: all older is dead
+        pid          INTEGER NOT NULL,
+        birth        TEXT NOT NULL,          -- when the pid began, which tells a recycled one
+        heartbeat_at REAL NOT NULL,          -- others watch whether it changes
+        stop         INTEGER NOT NULL DEFAULT 0   -- 1: finish the jobs and leave; 2: at once
+    )""",
+    """
+    CREATE TABLE workers (
+        id           INTEGER PRIMARY KEY AUTOINCREMENT,  -- "w" and this is its name
+        supervisor   INTEGER NOT NULL,
+        pid          INTEGER NOT NULL,       -- its session, too
+        birth        TEXT NOT NULL,
+        started_at   REAL NOT NULL,
+        jobs_done    INTEGER NOT NULL DEFAULT 0
+    )""",
+)
+# What brings a file of version N (the key) to N + 1. A new file gets SCHEMA, which has it all.
+MIGRATIONS: dict[int, tuple[str, ...]] = {}
+
+
+class QueueError(Exception):
+    """It could not be done; the message names the thing and the next step. Exit 1."""
+
+
+SQLiteError = sqlite3.Error  # for the rooms above, which do not import sqlite3
+
+
+class Run(NamedTuple):
+    """One run of one job: what a worker needs to run it, and to prove that it is still its own."""
+
+    id: int
+    seq: int
+    job: str
+    worker: str
+    attempt: int
+    max_retries: int
+    backoff_base: float
+    command: str
+    cwd: str
+    due_at: float
+
+
+class Result(NamedTuple):
+    """How a run ended. `outcome` is completed, failed, cancelled or stopped (not counted)."""
+
+    outcome: str
+    exit_code: int | None = None
+    error: str | None = None
+    stdout: bytes = b""
+    stderr: bytes = b""
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
+
+
+# --- the file --------------------------------------------------------------------------------
+
+
+def connect(path: str, durable: bool = True) -> sqlite3.Connection:
+    """Open the queue, made or migrated if need be. Raises QueueError if it is none of ours.
+
+    A durable connection syncs each commit, so that an id that was printed survives a power cut.
+    Workers' are not: a power cut may undo their last results, and those jobs run again.
+    """
+    try:
+        # Made here and not by SQLite, to be private from its first moment whatever the umask.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        if not isinstance(error, PermissionError):  # what is read-only can still be read
+            raise QueueError(f"{path}: cannot be opened as a queue: {error.strerror}") from None
+    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+    try:
+        db.row_factory = sqlite3.Row
+        db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        if db.execute("PRAGMA user_version").fetchone()[0] != VERSION:
+            migrate(db, path)
+    except BaseException as error:
+        db.close()
+        if isinstance(error, sqlite3.Error):
+            raise QueueError(error_text(error, path)) from None
+        raise
+    return db
+
+
+def migrate(db: sqlite3.Connection, path: str) -> None:
+    """Bring a new or an older file to VERSION, all steps in one transaction."""
+    foreign = "SELECT 1 FROM sqlite_master"
+    if db.execute(foreign).fetchone() is None:
+        db.execute("PRAGMA journal_mode = WAL")  # readers and the writer do not block each other
+    with transaction(db):
+        # Only read here, under the lock: another process may have done it meanwhile.
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > VERSION:
+            known = f"this program knows up to {VERSION}; use a newer queuectl"
+            raise QueueError(f"{path} is a queue of version {version}; {known}")
+        if version == 0 and db.execute(foreign).fetchone():
+            raise QueueError(f"{path} is a database, but no queue; use another --db")
+        for step in [SCHEMA] if version == 0 else [MIGRATIONS[v] for v in range(version, VERSION)]:
+            for statement in step:
+                db.execute(statement)
+        db.execute(f"PRAGMA user_version = {VERSION}")
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:  # SQLite has rolled back by itself after a full disk, say
+            db.execute("ROLLBACK")
+        raise
+
+
+def error_text(error: Exception, path: str) -> str:
+    """Say what an error of SQLite means for the queue, and what to do."""
+    for sign, meaning in (
+        ("not a database", "is not a queue: not a SQLite database; use another --db"),
+        ("malformed", "is damaged; `doctor` tells more; restore it from a copy"),
+        ("is full", "the disk is full: nothing was changed; make room and try again"),
+        ("readonly", "is read-only: nothing was changed; make it writable for this user"),
+        ("unable to open", "cannot be opened; is its directory there and writable?"),
+        ("is locked", f"was locked by another process for {BUSY_TIMEOUT_S} s; try again"),
+        ("", f"SQLite says: {error}; `doctor` tells more"),
+    ):
+        if sign in str(error):
+            return str(error) if isinstance(error, QueueError) else f"{path}: {meaning}"
+    raise AssertionError
+
+
+# --- enqueue ---------------------------------------------------------------------------------
+
+
+def enqueue(
+    db: sqlite3.Connection, jobs: Iterable[tuple[int, dict[str, Any]]], now: float
+) -> tuple[int, int]:
+    """Add jobs, all or none, and return the seq of the first and of the last.
+
+    `jobs` are (line, row from config.check_job); what reading them raises passes through. They are
+    gathered in a temporary table first, so that a slow producer never holds the queue's lock.
+    Raises QueueError if an id is in use, naming the line.
+    """
+    names = "id, command, priority, run_at, max_retries, backoff_base, timeout_s, cwd"
+    db.execute("DROP TABLE IF EXISTS temp.incoming")
+    db.execute(
+        f"CREATE TEMP TABLE incoming (number INTEGER PRIMARY KEY, line, {names}, UNIQUE (id))"
+    )
+    gather = f"INSERT INTO incoming (line, {names}) VALUES (:line, :{names.replace(', ', ', :')})"
+    for line, job in jobs:
+        try:
+            db.execute(gather, job | {"line": line})
+        except sqlite3.IntegrityError:
+            raise QueueError(f'line {line}: the id "{job["id"]}" is used twice') from None
+    with transaction(db):
+        count = db.execute("SELECT count(*) FROM incoming").fetchone()[0]
+        for line, job_id in db.execute("SELECT line, id FROM incoming JOIN jobs USING (id)"):
+            place = f"line {line}: " if count > 1 else ""
+            raise QueueError(f'{place}the id "{job_id}" is in use; choose another, or leave it out')
+        # A made-up id is short and looks random, yet none repeats: multiplying by an odd number is
+        # a permutation of the numbers below a power of two (Knuth, TAOCP 6.4). A user may have
+        # pasted one that is still to come, from another queue: then the numbers go on behind it.
+        made_up = "printf('%08x', (:last + number) * 2654435761 & 4294967295)"
+        last = (
+            db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'").fetchone() or [0]
+        )[0]
+        clash = f"SELECT max(number) FROM incoming JOIN jobs ON jobs.id = {made_up}"
+        while passed := db.execute(clash, {"last": last}).fetchone()[0]:
+            last += passed
+        db.execute(
+            f"""
+            INSERT INTO jobs (seq, {names}, state, due, created_at, updated_at)
+            SELECT :last + number, coalesce(id, {made_up}){names[2:]},
+                   'pending', run_at <= :now, :now, :now
+            FROM incoming ORDER BY number""",
+            {"last": last, "now": now},
+        )
+    return last + 1, last + count
+
+
+# --- claim and finish ------------------------------------------------------------------------
+
+
+def claim(db: sqlite3.Connection, worker: str, now: float, mono: float) -> tuple[Run | None, bool]:
+    """Give the best due job to `worker`: (its run, or None if none is due; is more due?).
+
+    Best: highest priority, then earliest run_at, then earliest enqueued. `mono` is the monotonic
+    clock's time. Why it holds between processes: design.md, "Which line stops a double claim?".
+    """
+    while True:
+        # Jobs whose time has come join those that are due. This look costs the same however many
+        # wait for later.
+        come = "due = 0 AND run_at <= :now"
+        if db.execute(f"SELECT 1 FROM jobs WHERE {come} LIMIT 1", {"now": now}).fetchone():
+            db.execute(f"UPDATE jobs SET due = 1 WHERE {come}", {"now": now})
+        # Look, without a lock.
+        best = db.execute(
+            """
+            SELECT seq, run_at FROM jobs WHERE due = 1
+            ORDER BY priority DESC, run_at, seq LIMIT 2"""
+        ).fetchall()
+        if not best:
+            return None, False
+        # Take: of all that saw the same job, one finds it still waiting and changes one row.
+        seen = {"seq": best[0]["seq"], "run_at": best[0]["run_at"]}
+        with transaction(db):
+            taken = db.execute(
+                """
+                UPDATE jobs
+                SET state = 'processing', worker = :worker, attempts = attempts + 1, due = NULL,
+                    exit_code = NULL, last_error = NULL,
+                    started_at = :now, finished_at = NULL, updated_at = :now
+                WHERE seq = :seq
+                  AND state IN ('pending', 'failed')  -- nobody was faster,
+                  AND run_at = :run_at  -- nor has it run and failed since, to wait again""",
+                seen | {"worker": worker, "now": now},
+            ).rowcount
+            if taken == 1:
+                db.execute(
+                    """
+                    INSERT INTO runs (job, attempt, worker, due_at, started_at, started_mono)
+                    SELECT seq, attempts, worker, run_at, :now, :mono FROM jobs WHERE seq = :seq""",
+                    seen | {"now": now, "mono": mono},
+                )
+                return held_by(db, worker), len(best) > 1
+        # rowcount 0: another worker was faster; look again.
+
+
+def held_by(db: sqlite3.Connection, worker: str) -> Run | None:
+    """Return the run that a worker holds, or None."""
+    row = db.execute(
+        """
+        SELECT runs.id, seq, jobs.id, runs.worker, attempt, max_retries, backoff_base, command,
+               cwd, due_at
+        FROM jobs JOIN runs ON job = seq AND runs.finished_at IS NULL
+        WHERE state = 'processing' AND jobs.worker = :worker""",
+        {"worker": worker},
+    ).fetchone()
+    return Run(*row) if row else None
+
+
+def finish(
+    db: sqlite3.Connection,
+    run: Run,
+    result: Result,
+    now: float,
+    max_backoff_s: float,
+    jitter: float,
+) -> tuple[str, float] | None:
+    """Record how a run ended: (the job's new state, its run_at), or None if it was not its owner's.
+
+    `jitter` is added to the backoff, in seconds. None means that somebody else has settled this
+    run meanwhile (fenced, cancelled); then nothing at all is changed.
+    """
+    state, attempts, run_at = result.outcome, run.attempt, run.due_at
+    if state == "stopped":  # not the job's fault: this run is not counted
+        attempts -= 1
+        state = "failed" if attempts else "pending"
+    elif state == "failed" and attempts > run.max_retries:
+        state = "dead"
+    elif state == "failed":
+        run_at = now + backoff_s(attempts, run.backoff_base, max_backoff_s) + jitter
+    new = dict(state=state, attempts=attempts, run_at=run_at, due=None, now=now, run=run.id)
+    if state in ("failed", "pending"):
+        new["due"] = int(run_at <= now)
+    with transaction(db):
+        owned = db.execute(
+            """
+            UPDATE jobs
+            SET state = :state, attempts = :attempts, run_at = :run_at, due = :due,
+                exit_code = :exit_code, last_error = :error, finished_at = :now, updated_at = :now
+            WHERE seq = :seq
+              AND state = 'processing' AND worker = :worker AND attempts = :attempt""",
+            new | result._asdict() | run._asdict(),
+        ).rowcount
+        if owned != 1:
+            return None
+        db.execute(
+            """
+            UPDATE runs
+            SET finished_at = :now, outcome = :outcome, exit_code = :exit_code, error = :error,
+                stdout = :stdout, stderr = :stderr,
+                stdout_bytes = :stdout_bytes, stderr_bytes = :stderr_bytes
+            WHERE id = :run AND finished_at IS NULL""",
+            new | result._asdict(),
+        )
+        db.execute("UPDATE workers SET jobs_done = jobs_done + 1 WHERE id = ?", (run.worker[1:],))
+        # Asked to be cancelled while it ran, and not completed: it must not run again.
+        cancelled = db.execute(
+            """
+            UPDATE jobs SET state = 'cancelled', due = NULL, cancelling = 0
+            WHERE seq = :seq AND cancelling = 1 AND state IN ('pending', 'failed', 'dead')""",
+            {"seq": run.seq},
+        ).rowcount
+    return "cancelled" if cancelled else state, run_at
+
+
+def backoff_s(attempts: int, backoff_base: float, max_backoff_s: float) -> float:
+    """Return the seconds to wait after that many runs, before jitter (contract: Retry)."""
+    try:
+        return min(max_backoff_s, float(backoff_base) ** attempts)
+    except OverflowError:
+        return max_backoff_s
+
+
+# --- cancel, retry, prune --------------------------------------------------------------------
+
+
+def cancel(db: sqlite3.Connection, seq: int, now: float) -> str:
+    """Cancel a waiting job at once, mark a running one; return its state now.
+
+    Raises QueueError if it has settled.
+    """
+    changed = db.execute(
+        """
+        UPDATE jobs
+        SET cancelling = (state = 'processing'), due = NULL, updated_at = :now,
+            finished_at = CASE state WHEN 'processing' THEN NULL ELSE :now END,
+            state = CASE state WHEN 'processing' THEN state ELSE 'cancelled' END
+        WHERE seq = :seq AND state IN ('pending', 'failed', 'processing')""",
+        {"seq": seq, "now": now},
+    ).rowcount
+    found = job(db, seq)
+    if changed != 1:
+        raise QueueError(f'job "{found["id"]}" is already {found["state"]}')
+    return found["state"]
+
+
+def retry_dead(db: sqlite3.Connection, seqs: list[int] | None, now: float) -> int:
+    """Make dead jobs (None: all of them) pending, due now, with all their runs ahead.
+
+    Returns how many; their history stays. All or none: raises QueueError if one is not dead.
+    """
+    with transaction(db):
+        if seqs is None:
+            seqs = [row["seq"] for row in db.execute("SELECT seq FROM jobs WHERE state = 'dead'")]
+        for seq in seqs:
+            changed = db.execute(
+                """
+                UPDATE jobs
+                SET state = 'pending', attempts = 0, due = 1, run_at = :now,
+                    finished_at = NULL, updated_at = :now
+                WHERE seq = :seq AND state = 'dead'""",
+                {"seq": seq, "now": now},
+            ).rowcount
+            if changed != 1:
+                found = job(db, seq)
+                raise QueueError(f'job "{found["id"]}" is {found["state"]}, not dead')
+    return len(seqs)
+
+
+def prune(
+    db: sqlite3.Connection, states: Iterable[str], before: float, dry_run: bool = False
+) -> Iterator[int]:
+    """Remove settled jobs that finished before a time, with their history; yield counts.
+
+    A thousand a transaction, so that no claim waits long; the caller drives it to the end.
+    """
+    wanted = [state for state in states if state in SETTLED]
+    # "+": walk by seq; the index on state would collect and sort a whole state for each thousand.
+    old = f"seq > :last AND finished_at < :before AND +state IN ({marks(wanted)})"
+    last = 0
+    while True:
+        with transaction(db):
+            given = {"last": last, "before": before} | numbered(wanted)
+            chosen = f"SELECT seq FROM jobs WHERE {old} ORDER BY seq LIMIT 1000"
+            rows = db.execute(chosen, given).fetchall()
+            if rows and not dry_run:
+                db.execute(f"DELETE FROM runs WHERE job IN ({chosen})", given)
+                db.execute(f"DELETE FROM jobs WHERE seq IN ({chosen})", given)
+        if not rows:
+            return
+        last = rows[-1]["seq"]
+        yield len(rows)
+
+
+def marks(values: list[str]) -> str:
+    """Return the named placeholders for a list of values, which `numbered` then gives."""
+    return ", ".join(f":v{n}" for n in range(len(values)))
+
+
+def numbered(values: list[str]) -> dict[str, str]:
+    return {f"v{n}": value for n, value in enumerate(values)}
+
+
+# --- supervisors and workers -----------------------------------------------------------------
+
+
+def register_supervisor(
+    db: sqlite3.Connection, host: str, boot: str, pid: int, birth: str, now: float
+) -> int:
+    return db.execute(
+        "INSERT INTO supervisors (host, boot, pid, birth, heartbeat_at) VALUES (?, ?, ?, ?, ?)",
+        (host, boot, pid, birth, now),
+    ).lastrowid
+
+
+def register_worker(
+    db: sqlite3.Connection, supervisor: int, pid: int, birth: str, now: float
+) -> str:
+    """Return the new worker's name, never used before in this queue: w1, w2, ..."""
+    number = db.execute(
+        "INSERT INTO workers (supervisor, pid, birth, started_at) VALUES (?, ?, ?, ?)",
+        (supervisor, pid, birth, now),
+    ).lastrowid
+    return f"w{number}"
+
+
+def beat(db: sqlite3.Connection, supervisor: int, now: float) -> None:
+    db.execute("UPDATE supervisors SET heartbeat_at = ? WHERE id = ?", (now, supervisor))
+
+
+def ask_to_stop(db: sqlite3.Connection, how: int) -> None:
+    """Ask every supervisor to leave: 1 finishes the running jobs, 2 puts them back."""
+    db.execute("UPDATE supervisors SET stop = max(stop, ?)", (how,))
+
+
+def supervisors(db: sqlite3.Connection) -> list[sqlite3.Row]:
+    return db.execute("SELECT * FROM supervisors ORDER BY id").fetchall()
+
+
+def workers(db: sqlite3.Connection) -> list[sqlite3.Row]:
+    """Return every registered worker, live or not, with its supervisor and its run if any."""
+    return db.execute(
+        """
+        SELECT 'w' || workers.id AS worker, workers.pid, workers.birth, workers.started_at,
+               jobs_done, supervisor, host, boot, heartbeat_at, stop,
+               supervisors.pid AS supervisor_pid, supervisors.birth AS supervisor_birth,
+               jobs.id AS job, command, jobs.started_at AS since, timeout_s, cancelling,
+               runs.id AS run, started_mono
+        FROM workers
+        JOIN supervisors ON supervisors.id = supervisor
+        LEFT JOIN jobs ON state = 'processing' AND jobs.worker = 'w' || workers.id
+        LEFT JOIN runs ON runs.job = jobs.seq AND runs.finished_at IS NULL
+        ORDER BY workers.id"""
+    ).fetchall()
+
+
+def remove_worker(db: sqlite3.Connection, name: str) -> None:
+    """Forget a worker that is gone and holds no job."""
+    db.execute("DELETE FROM workers WHERE id = ?", (name[1:],))
+
+
+def remove_supervisor(db: sqlite3.Connection, supervisor: int) -> None:
+    """Forget a supervisor that is gone, unless workers of it are still to be settled."""
+    db.execute(
+        "DELETE FROM supervisors WHERE id = :id AND :id NOT IN (SELECT supervisor FROM workers)",
+        {"id": supervisor},
+    )
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+# A job as everybody sees it: the contract's fields in its order. Output is of the latest run.
+JOB = """
+    SELECT jobs.id, command, priority, run_at, max_retries, backoff_base, timeout_s, cwd, state,
+           attempts, jobs.exit_code, last_error, stdout, stderr, jobs.worker, created_at,
+           updated_at, jobs.started_at, jobs.finished_at, stdout_bytes, stderr_bytes, cancelling
+    FROM jobs LEFT JOIN runs ON runs.id = (SELECT max(id) FROM runs WHERE job = seq)"""
+
+RUN = """id, attempt, worker, due_at, started_at, finished_at, outcome, exit_code, error, stdout,
+    stderr, stdout_bytes, stderr_bytes"""
+
+
+def find(db: sqlite3.Connection, text: str) -> int:
+    """Return the seq of the job with this id, or with the one id that begins so."""
+    exact = "SELECT seq, id FROM jobs WHERE id = :text"
+    prefix = "SELECT seq, id FROM jobs WHERE id > :text AND id < :text || char(1114111) LIMIT 4"
+    rows = db.execute(exact, {"text": text}).fetchall()
+    rows = rows or (db.execute(prefix, {"text": text}).fetchall() if text else [])
+    if not rows:
+        raise QueueError(f'no job "{text}"; `list` shows those that are there')
+    if len(rows) > 1:
+        some = ", ".join(row["id"] for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
+        raise QueueError(f'"{text}" is ambiguous: {some}; give more of the id')
+    return rows[0]["seq"]
+
+
+def job(db: sqlite3.Connection, seq: int) -> sqlite3.Row:
+    found = db.execute(f"{JOB} WHERE seq = ?", (seq,)).fetchone()
+    if found is None:
+        raise QueueError("the job was pruned meanwhile")
+    return found
+
+
+def jobs_between(db: sqlite3.Connection, first: int, last: int) -> Iterator[sqlite3.Row]:
+    return db.execute(f"{JOB} WHERE seq BETWEEN ? AND ? ORDER BY seq", (first, last))
+
+
+def jobs_in(db: sqlite3.Connection, states: list[str], limit: int) -> Iterator[sqlite3.Row]:
+    """Return the newest `limit` jobs (-1: all) in these states (none: any), newest first."""
+    where = f"WHERE state IN ({marks(states)})" if states else ""
+    query = f"{JOB} {where} ORDER BY seq DESC LIMIT :limit"
+    return db.execute(query, {"limit": limit} | numbered(states))
+
+
+def ready_jobs(db: sqlite3.Connection, now: float, limit: int) -> Iterator[sqlite3.Row]:
+    """Return what a worker could take now, in the order in which it would."""
+    where = "due = 1 OR (due = 0 AND run_at <= :now)"
+    query = f"{JOB} WHERE {where} ORDER BY priority DESC, run_at, seq LIMIT :limit"
+    return db.execute(query, {"now": now, "limit": limit})
+
+
+def runs(db: sqlite3.Connection, seq: int) -> list[sqlite3.Row]:
+    return db.execute(f"SELECT {RUN} FROM runs WHERE job = ? ORDER BY id", (seq,)).fetchall()
+
+
+def recent_runs(db: sqlite3.Connection, since: float) -> list[sqlite3.Row]:
+    """Return the last runs that ended after `since`, at most RECENT_RUNS of them."""
+    newest = f"id > (SELECT max(id) FROM runs) - {RECENT_RUNS}"
+    return db.execute(
+        f"SELECT * FROM runs WHERE {newest} AND finished_at > ? ORDER BY id", (since,)
+    ).fetchall()
+
+
+def counts(db: sqlite3.Connection, seqs: Iterable[int] = ()) -> dict[str, int]:
+    """Return the number of jobs (of these, or all) in each state, and the total."""
+    if seqs:
+        states = [job(db, seq)["state"] for seq in seqs]
+        found = {state: states.count(state) for state in STATES}
+    else:
+        found = dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
+    return {state: found.get(state, 0) for state in STATES} | {"total": sum(found.values())}
+
+
+def settled(db: sqlite3.Connection) -> bool:
+    """Say whether no job is pending, failed or processing: nothing is left to do."""
+    left = "SELECT 1 FROM jobs WHERE state IN ('pending', 'failed', 'processing') LIMIT 1"
+    return db.execute(left).fetchone() is None
+
+
+def next_due_at(db: sqlite3.Connection) -> float | None:
+    """Return when the next waiting job comes due, or None if none waits for a time."""
+    return db.execute("SELECT min(run_at) FROM jobs WHERE due = 0").fetchone()[0]
+
+
+# --- how a row looks from outside ------------------------------------------------------------
+
+
+def as_object(row: sqlite3.Row) -> dict[str, Any]:
+    """Return a job, a run or a worker with text for its output and ISO 8601 for its times."""
+    found = {}
+    for key in row.keys():
+        if key in ("stdout", "stderr"):
+            found[key] = output_text(row[key], row[key + "_bytes"])
+        elif key.endswith("_at") or key == "since":
+            found[key] = iso(row[key])
+        elif key not in ("stdout_bytes", "stderr_bytes", "cancelling"):
+            found[key] = row[key]
+    return found
+
+
+def iso(moment: float | None) -> str | None:
+    """Return Unix seconds as ISO 8601, UTC, with milliseconds: 2030-01-31T12:00:00.000Z."""
+    if moment is None:
+        return None
+    return datetime.fromtimestamp(moment, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+
+
+def output_text(kept: bytes | None, written: int | None) -> str:
+    """Return captured output as text, with a mark in front if its beginning was cut."""
+    text = (kept or b"").decode(errors="replace")
+    cut = (written or 0) - len(kept or b"")
+    return f"[... {cut} bytes cut ...]\n{text}" if cut else text
+
+
+def duration_text(seconds: float) -> str:
+    """Return a span for people: 0.04 s, 3.4 s, 2 min 5 s, 3 h 20 min, 2 d 4 h."""
+    if seconds < 60:
+        return f"{max(seconds, 0):.{2 if seconds < 0.1 else 1}f} s"
+    for size, unit, part, smaller in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} {int(seconds % size // part)} {smaller}"
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def sentence(job: sqlite3.Row, now: float) -> str:
+    """Say why a job is in its state and what happens next."""
+    state, total, ran = job["state"], job["max_retries"] + 1, plural(job["attempts"], "run")
+    until = duration_text(job["run_at"] - now) if job["run_at"] > now else ""
+    if state == "pending":
+        return f"pending, due in {until}" if until else "pending, waits for a free worker"
+    if state == "processing":
+        span = duration_text(now - job["started_at"])
+        told = f"run {job['attempts']} of {total}, on {job['worker']} for {span}"
+        return told + (", being cancelled" if job["cancelling"] else "")
+    if state == "failed":
+        after = f"next try in {until}" if until else "next try as soon as a worker is free"
+        return f"failed {job['attempts']} of {plural(total, 'run')}, {after}"
+    if state == "dead":
+        return f"dead after {ran}; `dlq retry {job['id']}` starts over"
+    if state == "completed":
+        return f"completed on run {job['attempts']} of {total}"
+    return f"cancelled after {ran}" if job["attempts"] else "cancelled before it ran"
+
+
+# --- doctor ----------------------------------------------------------------------------------
+
+# What holds at every moment between transactions, and the query that finds what breaks it.
+INVARIANTS = {
+    "every state is one of the six": f"SELECT id FROM jobs WHERE state NOT IN {STATES}",
+    "waiting jobs, and no others, are marked for the look": """
+        SELECT id FROM jobs WHERE (state IN ('pending', 'failed')) != (due IS NOT NULL)""",
+    "a processing job has one open run, of its own worker and attempt": """
+        SELECT id FROM jobs WHERE state = 'processing' AND 1 != (
+            SELECT count(*) FROM runs WHERE job = seq AND finished_at IS NULL
+            AND runs.worker = jobs.worker AND attempt = attempts)""",
+    "an open run belongs to a processing job": """
+        SELECT runs.id FROM runs LEFT JOIN jobs ON seq = job
+        WHERE runs.finished_at IS NULL AND state IS NOT 'processing'""",
+    "a processing job's worker is registered": """
+        SELECT id FROM jobs WHERE state = 'processing'
+        AND worker NOT IN (SELECT 'w' || id FROM workers)""",
+    "no job has begun more runs than it may": """
+        SELECT id FROM jobs WHERE attempts NOT BETWEEN 0 AND 1 + max_retries""",
+    "a dead job has used all its runs": """
+        SELECT id FROM jobs WHERE state = 'dead' AND attempts != 1 + max_retries""",
+    "a settled job knows since when": f"""
+        SELECT id FROM jobs WHERE state IN {SETTLED} AND finished_at IS NULL""",
+    "every run has its job": "SELECT id FROM runs WHERE job NOT IN (SELECT seq FROM jobs)",
+}
+
+
+def check(db: sqlite3.Connection, path: str) -> Iterator[tuple[str, str]]:
+    """Yield (what was checked, what is wrong with it or "") for the file and the invariants."""
+    damage = "; ".join(row[0] for row in db.execute("PRAGMA integrity_check(5)"))
+    yield "the file is whole (PRAGMA integrity_check)", "" if damage == "ok" else damage
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    yield f"its schema is version {VERSION}", "" if version == VERSION else f"it is {version}"
+    others = stat.S_IMODE(os.stat(path).st_mode) & 0o022
+    yield "only its owner can write it", f"chmod go-w {path}" if others else ""
+    for name, query in INVARIANTS.items():
+        broken = [str(row[0]) for row in db.execute(query + " LIMIT 3")]
+        yield name, "found in " + ", ".join(broken) if broken else ""
+
+
+if __name__ == "__main__":
+    path = os.environ.get("QUEUECTL_DB", DEFAULT_PATH)
+    connect(path).close()
+    print(f"queue ready: {path}")
