@@ -1,0 +1,734 @@
+"""The hands: the supervisor, the worker's loop, one run of one job, the end of a process tree.
+
+Owns every process: nothing else starts or signals one. Must not hold SQL (database.py does) nor
+print: what happens is told to `say`, a function of the face.
+
+    supervisor          heartbeats, timeouts, cancels, replacements, fence and reclaim
+      +- worker 1       claim, run, record, again; leader of a session of its own
+      |    +- /bin/sh -c COMMAND, and all that it starts: the same session
+      +- worker N
+
+So "a run and all that it started" is a thing the kernel can name, whatever process groups a job
+makes. A worker is disposable: to end a run its session is ended, the worker with it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from typing import Any
+
+import database
+from database import QueueError, Result, Run, duration_text
+
+Settings = dict[str, float]
+Say = Callable[[str, int, str, str], None]  # (who, pid, verb, the rest of the line)
+
+BUSY_TICK_S = 0.1  # how late a timeout or a cancel may be noticed
+IDLE_TICK_S = 0.5
+OUTPUT_BOUND = 16 * 2**20  # bytes on disk of an output file, beyond the end of it that is kept
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NOT_COUNTED = ("stopped", "stopped with its worker; not counted")
+
+
+# --- the supervisor --------------------------------------------------------------------------
+
+
+class Ending:
+    """A session on its way out, and what is to be recorded once nothing of it is left."""
+
+    def __init__(self, worker: Any, outcome: str, error: str, run: int | None, kill_at: float):
+        self.worker = worker  # its row of database.workers
+        self.outcome, self.error = outcome, error
+        self.run = run  # the run that this is about; None: whichever the worker holds
+        self.kill_at = kill_at  # when, on the monotonic clock, asking turns into SIGKILL
+        self.asked: set[int] = set()
+        self.last_signal = signal.SIGTERM
+        self.refused = False  # some process may not be signalled; said once
+
+
+class Supervisor:
+    """Keeps `count` workers alive and settles what is lost; with count 0 it only settles."""
+
+    def __init__(
+        self, path: str, settings: Settings, say: Say, count: int = 0, drain: bool = False
+    ):
+        self.path, self.settings, self.say = path, settings, say
+        self.count, self.drain = count, drain
+        self.host, self.boot, self.pid = os.uname().nodename, boot_id(), os.getpid()
+        self.id = 0  # no supervisor's, until registered
+        self.children: dict[int, Any] = {}  # pid: multiprocessing.Process
+        self.endings: dict[str, Ending] = {}  # by the worker's name
+        self.silences: dict[int, tuple[float, float]] = {}  # supervisor: (heartbeat, silent for)
+        self.stopping = 0  # 1: finish the running jobs and leave; 2: put them back now
+        self.busy = False
+        self.looked_at = self.beat_at = self.spawn_at = 0.0
+
+    def run(self) -> None:
+        """Work until told to stop or, draining, until nothing is left to do."""
+        self.begin()
+        self.look()  # fence and reclaim what others left behind, before anything new is claimed
+        while not (self.stopping and not self.children):
+            self.keep_count()
+            self.sleep()
+            self.look()
+        with opened(self.path) as db:
+            database.remove_supervisor(db, self.id)
+        self.say("supervisor", self.pid, "left", "")
+
+    def begin(self) -> None:
+        make_run_directory(self.path)
+        # Handlers only count; the byte that the interpreter writes into this pipe ends the sleep.
+        self.wake, wake_write = quiet_pipe()
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self.on_signal)
+        # Workers read end of file here when the supervisor is gone, however it went.
+        self.lifeline, self.lifeline_write = os.pipe()
+        birth = process_birth(self.pid) or ""
+        with opened(self.path) as db:
+            self.id = database.register_supervisor(
+                db, self.host, self.boot, self.pid, birth, time.time()
+            )
+        told = f"{database.plural(self.count, 'worker')} on {self.path}; Ctrl+C stops"
+        self.say("supervisor", self.pid, "started", told)
+
+    def on_signal(self, *_: object) -> None:
+        self.stopping += 1
+
+    def sleep(self) -> None:
+        from multiprocessing.connection import wait
+
+        sentinels = [child.sentinel for child in self.children.values()]
+        wait([*sentinels, self.wake], BUSY_TICK_S if self.busy or self.endings else IDLE_TICK_S)
+        drained(self.wake)
+
+    def keep_count(self) -> None:
+        """Replace the workers that are gone or, stopping, tell them all to leave."""
+        if self.stopping:
+            for pid in self.children:
+                os.kill(pid, signal.SIGTERM)  # not reaped yet, so this pid is still the child's
+        while not self.stopping and len(self.children) < self.count:
+            if time.monotonic() < self.spawn_at:
+                return
+            self.spawn()
+
+    def spawn(self) -> None:
+        """Fork a worker. No connection is open here: SQLite's must not be carried over a fork
+        (https://www.sqlite.org/howtocorrupt.html, 2.6)."""
+        from multiprocessing import get_context
+
+        child = get_context("fork").Process(target=work, args=(self,), daemon=True)
+        # A signal between the fork and the worker's own handlers would be lost: hold it back.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            child.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        self.children[child.pid] = child
+
+    def look(self) -> None:
+        """One tick. A database that cannot be used now (full disk, locked) is tried again."""
+        try:
+            with opened(self.path) as db:
+                self.tick(db, time.time(), time.monotonic())
+        except (QueueError, database.SQLiteError) as error:
+            self.say("supervisor", self.pid, "trouble", database.error_text(error, self.path))
+
+    def tick(self, db: Any, now: float, mono: float) -> None:
+        if self.id and mono >= self.beat_at:
+            database.beat(db, self.id, now)
+            self.beat_at = mono + min(5.0, self.settings["lock_timeout_s"] / 4)
+        supervisors = [row for row in database.supervisors(db) if row["host"] == self.host]
+        workers = [row for row in database.workers(db) if row["host"] == self.host]
+        stop = max([row["stop"] for row in supervisors if row["id"] == self.id], default=0)
+        finished = self.drain and database.settled(db)
+        self.stopping = max(self.stopping, stop, int(finished))
+        self.listen(supervisors, mono)
+        self.busy = False
+        for row in workers:
+            mine = row["supervisor"] == self.id
+            self.busy |= mine and row["run"] is not None
+            reason = None if row["worker"] in self.endings else self.judge(row, mine, mono)
+            if reason:
+                kill_at = mono + self.settings["kill_grace_s"]
+                self.endings[row["worker"]] = Ending(row, *reason, kill_at=kill_at)
+            elif mine and row["run"]:
+                bound_output(self.path, row["worker"], int(self.settings["output_limit_bytes"]))
+        for ending in list(self.endings.values()):
+            if self.emptied(ending, mono):
+                self.settle(db, ending)
+        registered = {row["pid"] for row in workers}
+        for pid in [pid for pid in self.children if pid not in registered]:
+            self.reap(pid)  # died before it could register: it holds nothing
+        for row in supervisors:
+            if not is_alive(row, self.boot):
+                database.remove_supervisor(db, row["id"])
+
+    def listen(self, supervisors: Iterable[Any], mono: float) -> None:
+        """Count for how long each supervisor's heartbeat has not changed under our own eyes.
+
+        So no two clocks are compared. A look adds a second at most: what held us up as well (a
+        long write of somebody, a sleeping machine) is not held against the others.
+        """
+        elapsed, self.looked_at = min(mono - self.looked_at, 1.0), mono
+        for row in supervisors:
+            heartbeat, silent = self.silences.get(row["id"], (None, 0.0))
+            silent = silent + elapsed if heartbeat == row["heartbeat_at"] else 0.0
+            self.silences[row["id"]] = (row["heartbeat_at"], silent)
+
+    def judge(self, row: Any, mine: bool, mono: float) -> tuple[str, str, int | None] | None:
+        """Say why this worker's session is to be ended: (outcome, error, run), or None."""
+        child = self.children.get(row["pid"]) if mine else None
+        alive = child.exitcode is None if child else is_alive(row, self.boot)
+        silent = 0.0 if mine else self.silences[row["supervisor"]][1]
+        if not alive:
+            killed = child is not None and child.exitcode < 0
+            cause = f": {signal_text(child.exitcode)}" if killed else ""
+            return "failed", f"worker lost{cause}", None
+        if silent > self.settings["lock_timeout_s"]:
+            return "failed", f"worker lost: silent for {duration_text(silent)}", None
+        if not mine and is_alive(row, self.boot, "supervisor_"):
+            return None  # its supervisor's to judge
+        if max(row["stop"], self.stopping if mine else 0) > 1:
+            return *NOT_COUNTED, None
+        if row["cancelling"]:
+            return "cancelled", "cancelled", row["run"]
+        if row["run"] and 0 < row["timeout_s"] < mono - row["started_mono"]:
+            return "failed", f"timed out after {duration_text(row['timeout_s'])}", row["run"]
+        return None
+
+    def emptied(self, ending: Ending, mono: float) -> bool:
+        """Push a session towards its end; say whether no process of it is left: the fence."""
+        row = ending.worker
+        birth = process_birth(row["pid"])
+        if row["boot"] != self.boot or birth not in (None, row["birth"]):
+            return True  # another boot, or a recycled pid: nothing of the old session can live
+        if birth:
+            # The worker goes first, at once, lest it record what its dying job returns.
+            send(row["pid"], signal.SIGKILL)
+        # Twice: a process that forks and exits behind the eye of one look is seen by the other.
+        left = session_members(row["pid"]) or session_members(row["pid"])
+        hard = mono >= ending.kill_at or self.stopping > 2
+        refused = push([pid for pid in left if pid != row["pid"]], ending.asked, hard)
+        if hard and left:
+            ending.last_signal = signal.SIGKILL
+        if refused and not ending.refused:
+            ending.refused = True
+            pids = ", ".join(map(str, refused))
+            self.say(row["worker"], row["pid"], "waits", f"process {pids} may not be signalled")
+        return not left
+
+    def settle(self, db: Any, ending: Ending) -> None:
+        """Record the end of an emptied session's run, if it held one, and forget the worker."""
+        row, name = ending.worker, ending.worker["worker"]
+        code = self.reap(row["pid"]) if row["supervisor"] == self.id else None
+        run = database.held_by(db, name)
+        if run:
+            outcome, error = ending.outcome, ending.error
+            if ending.run not in (None, run.id):
+                outcome, error = NOT_COUNTED  # it had just gone on to another job
+            lost = error.startswith("worker lost")  # then nobody knows how the command ended
+            outputs = read_outputs(self.path, name, int(self.settings["output_limit_bytes"]))
+            result = Result(outcome, None if lost else -ending.last_signal, error, *outputs)
+            record(db, run, result, self.settings, self.say, row["pid"])
+        elif code:
+            self.say(name, row["pid"], "lost", ending.error)
+        database.remove_worker(db, name)
+        for output in output_paths(self.path, name):
+            if os.path.lexists(output):
+                os.unlink(output)
+        del self.endings[name]
+
+    def reap(self, pid: int) -> int | None:
+        """Forget a child that has exited; return its exit code, or None if it is no child."""
+        child = self.children.get(pid)
+        if child is None or child.exitcode is None:
+            return None
+        del self.children[pid]
+        if child.exitcode == 1:  # a worker that fails by itself is not replaced in a hurry
+            self.spawn_at = time.monotonic() + 1
+        return child.exitcode
+
+
+# --- what other commands ask of processes ----------------------------------------------------
+
+
+def opened(path: str) -> closing:
+    """Return a connection for one look, for `with`."""
+    return closing(database.connect(path, durable=False))
+
+
+def live_workers(db: Any) -> list[Any]:
+    """Return the rows of database.workers whose process lives; of other hosts, all."""
+    host, boot = os.uname().nodename, boot_id()
+    return [row for row in database.workers(db) if row["host"] != host or is_alive(row, boot)]
+
+
+def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | None) -> int:
+    """Ask every supervisor to leave, wait for it, return how many workers have left.
+
+    Raises QueueError if some are still there after `timeout_s`. Workers whose supervisor was
+    killed leave by themselves; what they held is settled here.
+    """
+    settler = Supervisor(path, settings, say)
+    with opened(path) as db:
+        database.ask_to_stop(db, 2 if now else 1)
+        count = len(live_workers(db))
+    deadline = time.monotonic() + timeout_s if timeout_s is not None else None
+    while True:
+        settler.look()
+        with opened(path) as db:
+            left = [*database.supervisors(db), *database.workers(db)]
+        left = [row["pid"] for row in left if row["host"] == settler.host]
+        if not left:
+            return count
+        if deadline is not None and time.monotonic() >= deadline:
+            pids, after = ", ".join(map(str, left)), duration_text(timeout_s)
+            raise QueueError(f"still there after {after}: pid {pids}; --now does not wait for jobs")
+        time.sleep(0.05)
+
+
+def await_cancelled(path: str, settings: Settings, say: Say, seqs: list[int]) -> None:
+    """Wait until jobs asked to end have ended; those without a supervisor are ended here."""
+    settler = Supervisor(path, settings, say)
+    while True:
+        settler.look()
+        with opened(path) as db:
+            if all(database.job(db, seq)["state"] != "processing" for seq in seqs):
+                return
+        time.sleep(0.05)
+
+
+def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
+    """Run `queuectl.py ARGUMENTS` in the background: its pid and log, once `count` workers are up.
+
+    Raises QueueError with the end of the log if it does not come up.
+    """
+    import subprocess
+
+    make_run_directory(path)
+    log = os.path.join(run_directory(path), "workers.log")
+    with os.fdopen(safe_open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND), "r+b", 0) as file:
+        process = subprocess.Popen(
+            [sys.executable, os.path.join(os.path.dirname(__file__), "queuectl.py"), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 30
+        while process.poll() is None and time.monotonic() < deadline:
+            with opened(path) as db:
+                up = [row for row in database.workers(db) if row["supervisor_pid"] == process.pid]
+            if len(up) >= count:
+                return process.pid, log
+            time.sleep(0.01)
+        if process.returncode != 0:
+            last_line = read_tail(file.fileno(), 500)[0].decode(errors="replace").strip()
+            raise QueueError(f"the workers did not start: {last_line}; log {log}")
+    return process.pid, log
+
+
+# --- the worker ------------------------------------------------------------------------------
+
+
+class Desk:
+    """What one worker process holds open: two output files and the bell."""
+
+    def __init__(self, path: str, name: str):
+        self.path, self.paths = path, output_paths(path, name)
+        self.outputs = [self.make(output) for output in self.paths]
+        self.bell = open_bell(path, os.O_RDWR)  # for writing too: else it ends with each writer
+        self.environment = dict(os.environ)
+
+    def make(self, path: str) -> int:
+        # Files, not pipes: a background child cannot block us, memory stays flat, and the
+        # supervisor can read what a killed run printed.
+        return safe_open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+
+    def clear(self) -> None:
+        """Empty the output files for the next run."""
+        for number, handle in enumerate(self.outputs):
+            size = os.fstat(handle).st_size
+            if size > OUTPUT_BOUND:  # the supervisor may be cutting it: let that hit the old file
+                os.close(handle)
+                os.unlink(self.paths[number])
+                self.outputs[number] = self.make(self.paths[number])
+            elif size:
+                os.ftruncate(handle, 0)
+
+
+def work(supervisor: Supervisor) -> None:
+    """The life of one worker process: claim, run, record, until told to leave."""
+    os.setsid()  # no terminal either: Ctrl+C reaches the supervisor alone
+    leave: list[int] = []
+    wake, wake_write = quiet_pipe()
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: leave.append(1))
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # handled: ignored, it would be so in jobs
+            signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    os.close(supervisor.lifeline_write)
+    path, say, settings, pid = supervisor.path, supervisor.say, supervisor.settings, os.getpid()
+    db = database.connect(path, durable=False)
+    birth = process_birth(pid) or ""
+    name = database.register_worker(db, supervisor.id, pid, birth, time.time())
+    desk = Desk(path, name)
+    while not leave and os.getppid() == supervisor.pid:
+        run = due_at = None
+        try:
+            run, more = database.claim(db, name, time.time(), time.monotonic())
+            if run is None:
+                if supervisor.drain and database.settled(db):
+                    return
+                due_at = database.next_due_at(db)
+        except database.SQLiteError as error:
+            say(name, pid, "trouble", database.error_text(error, path))
+        if run is None:
+            rest(desk, [wake, supervisor.lifeline], due_at, settings["poll_interval_ms"] / 1000)
+            continue
+        if more:
+            ring(path)  # two jobs that came at once need two workers: wake the next
+        run_one(db, run, desk, settings, say)
+
+
+def rest(desk: Desk, others: list[int], due_at: float | None, span: float) -> None:
+    """Sleep until the bell, a signal, the next job's time, or the poll interval is over."""
+    import select
+
+    if due_at is not None:
+        span = min(span, max(0.0, due_at - time.time()))
+    bells = [] if desk.bell is None else [desk.bell]
+    for handle in select.select([*bells, *others], [], [], span)[0]:
+        # Emptied before the next look, so that a ring during it is not lost; and emptied whole,
+        # or what is left over from a busy hour would wake us again and again.
+        drained(handle)
+
+
+def run_one(
+    db: Any, run: Run, desk: Desk, settings: Settings, say: Say
+) -> tuple[str, float] | None:
+    """Run one claimed job and record how it ended; return what database.finish returned."""
+    of = f"(run {run.attempt} of {run.max_retries + 1})"
+    say(run.worker, os.getpid(), "started", f"{run.job} {of}: {run.command}")
+    code, error = execute(run, desk, settings["kill_grace_s"])
+    limit = int(settings["output_limit_bytes"])
+    (out, out_size), (err, err_size) = [read_tail(handle, limit) for handle in desk.outputs]
+    if code:
+        last_line = err[-500:].decode(errors="replace").strip().rpartition("\n")[2]
+        error = signal_text(code) + (last_line and f": {last_line}")
+    outcome = "failed" if error else "completed"
+    result = Result(outcome, code, error, out, err, out_size, err_size)
+    while True:
+        try:
+            ended = record(db, run, result, settings, say, os.getpid())
+            break
+        except database.SQLiteError as trouble:
+            # It has run: keep the result until there is room for it, and claim nothing meanwhile.
+            told = f"{run.job}: result kept: {database.error_text(trouble, desk.path)}"
+            say(run.worker, os.getpid(), "trouble", told)
+            time.sleep(0.5)
+    # After the record and before the next claim: so whoever reads the file of a run that is still
+    # open in the database never sees another run's output.
+    desk.clear()
+    return ended
+
+
+def execute(run: Run, desk: Desk, kill_grace_s: float) -> tuple[int | None, str | None]:
+    """Run the command to its end: (exit code, None), or (None, why it could not be started)."""
+    import subprocess
+
+    desk.environment |= {"QUEUECTL_JOB_ID": run.job, "QUEUECTL_ATTEMPT": str(run.attempt)}
+    # A pipe into which nobody writes. All that the command starts inherits its end, so end of file
+    # says that nothing is left: for microseconds, where a look through /proc takes milliseconds.
+    watch, held = quiet_pipe()
+    try:
+        done = subprocess.run(
+            ["/bin/sh", "-c", run.command],
+            stdin=subprocess.DEVNULL,
+            stdout=desk.outputs[0],
+            stderr=desk.outputs[1],
+            cwd=run.cwd,
+            env=desk.environment,
+            pass_fds=(held,),
+        )
+        code, error = done.returncode, None
+    except OSError as problem:  # cwd gone, command too long, no more processes
+        where = f": {problem.filename}" if problem.filename else ""
+        code, error = None, f"cannot be started: {problem.strerror}{where}"
+    os.close(held)
+    try:
+        left = os.read(watch, 1) != b""
+    except BlockingIOError:
+        left = True
+    os.close(watch)
+    if left:
+        end_leftovers(time.monotonic() + kill_grace_s)
+    return code, error
+
+
+def end_leftovers(kill_at: float) -> None:
+    """End what a command left in the background: it would write into the next job's output, and
+    run beside the next run of its own job."""
+    asked: set[int] = set()
+    while left := [pid for pid in session_members(os.getpid()) if pid != os.getpid()]:
+        push(left, asked, time.monotonic() >= kill_at)
+        time.sleep(0.01)
+
+
+def record(
+    db: Any, run: Run, result: Result, settings: Settings, say: Say, pid: int
+) -> tuple[str, float] | None:
+    """Store how a run ended, and tell; None if it was no longer this worker's to record."""
+    import random
+
+    jitter = random.uniform(0, settings["backoff_jitter"] * run.backoff_base)
+    now = time.time()
+    ended = database.finish(db, run, result, now, settings["max_backoff_s"], jitter)
+    verb, run_at = ended or ("ignored", now)
+    told = f"{run.job}: {result.error}" if result.error else run.job
+    if result.outcome == "stopped" and verb != "cancelled":
+        verb = "put back"
+    elif verb == "failed":
+        wait = duration_text(run_at - now)
+        told += f"; retry {run.attempt} of {run.max_retries} in {wait}"
+    elif verb == "dead":
+        told += f"; moved to the DLQ after {database.plural(run.attempt, 'run')}"
+    elif verb == "ignored":
+        told += "; somebody else has settled this run"
+    say(run.worker, pid, verb, told)
+    return ended
+
+
+# --- the run directory: bell, outputs, log ---------------------------------------------------
+
+
+def run_directory(path: str) -> str:
+    return path + ".run"
+
+
+def output_paths(path: str, worker: str) -> list[str]:
+    """Return where a worker's running job writes its stdout and its stderr."""
+    return [os.path.join(run_directory(path), f"{worker}.{name}") for name in ("out", "err")]
+
+
+def make_run_directory(path: str) -> None:
+    """Make it, private, with the bell in it.
+
+    Raises QueueError where others could write: they could put commands there for us to run.
+    """
+    folder, parent = run_directory(path), os.path.dirname(os.path.abspath(path))
+    if not os.path.lexists(folder):
+        os.mkdir(folder, 0o700)
+    for place in (path, folder, parent):
+        status = os.stat(place, follow_symlinks=place != folder)
+        # Others cannot replace our files in a sticky directory (/tmp). A group that is our own is
+        # let in to the parent: where every user has one, umask 002 makes all directories so.
+        sticky = place == parent and status.st_mode & stat.S_ISVTX
+        bits = 0o002 if place == parent and status.st_gid == os.getegid() else 0o022
+        if status.st_mode & bits and not sticky:
+            raise QueueError(f"others can write {place}; chmod go-w {place}")
+        if place != parent and status.st_uid != os.geteuid():
+            raise QueueError(f"{place} belongs to another user (uid {status.st_uid})")
+    if not os.path.isdir(folder) or os.path.islink(folder):
+        raise QueueError(f"{folder} is not a directory; remove it")
+    try:
+        os.mkfifo(os.path.join(folder, "bell"), 0o600)
+    except (FileExistsError, PermissionError, AttributeError):
+        pass  # there already; or there are no FIFOs here, and polling alone serves
+
+
+def safe_open(path: str, flags: int) -> int:
+    """Open a private file; never through a symlink, which somebody may have planted."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def open_bell(path: str, flags: int) -> int | None:
+    try:
+        return safe_open(os.path.join(run_directory(path), "bell"), flags | os.O_NONBLOCK)
+    except OSError:
+        return None  # nobody listens, or no FIFOs here
+
+
+def ring(path: str, times: int = 1) -> None:
+    """Wake that many idle workers. A hint: a ring that is lost costs the poll interval at most."""
+    bell = open_bell(path, os.O_WRONLY)
+    if bell is None:
+        return
+    try:
+        os.write(bell, b"!" * min(times, 512))
+    except BlockingIOError:
+        pass  # full of rings as it is
+    os.close(bell)
+
+
+def read_tail(handle: int, limit: int) -> tuple[bytes, int]:
+    """Return the last `limit` bytes of an open file, and its size."""
+    size = os.fstat(handle).st_size
+    return os.pread(handle, limit, max(0, size - limit)) if size else b"", size
+
+
+def read_outputs(path: str, worker: str, limit: int) -> tuple[bytes, bytes, int, int]:
+    """Return the outputs of a run that was ended from outside, as Result wants them."""
+    found = []
+    for output in output_paths(path, worker):
+        try:
+            handle = safe_open(output, os.O_RDONLY)
+        except OSError:
+            found.append((b"", 0))  # somebody removed the directory
+            continue
+        found.append(read_tail(handle, limit))
+        os.close(handle)
+    return found[0][0], found[1][0], found[0][1], found[1][1]
+
+
+def live_output(path: str, worker: str, stream: str, start: int) -> bytes:
+    """Return what a running job has written to "stdout" or "stderr" from byte `start` on."""
+    try:
+        handle = safe_open(output_paths(path, worker)[stream == "stderr"], os.O_RDONLY)
+    except OSError:
+        return b""
+    with os.fdopen(handle, "rb", 0) as file:
+        file.seek(start)
+        return file.read(2**20) or b""
+
+
+def bound_output(path: str, worker: str, limit: int) -> None:
+    """Cut output files that outgrow their bound, so that a runaway job cannot fill the disk."""
+    import subprocess
+
+    for output in output_paths(path, worker):
+        try:
+            if os.stat(output).st_blocks * 512 <= OUTPUT_BOUND + limit:
+                continue
+            handle = safe_open(output, os.O_RDWR)
+        except OSError:
+            continue
+        # A hole in front of the end that is kept: size and all that is still to come stay right.
+        length = str(os.fstat(handle).st_size - limit)
+        punch = ["fallocate", "--punch-hole", "--offset=0", "--length", length, "/dev/stdin"]
+        try:
+            subprocess.run(punch, stdin=handle, stderr=subprocess.DEVNULL, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            os.ftruncate(handle, 0)  # no holes here: the end so far is lost, the disk is not
+        os.close(handle)
+
+
+# --- what the operating system decides: Linux reads /proc, macOS asks ps ---------------------
+
+
+def boot_id() -> str:
+    """Return a name for this boot of this machine; no process of another boot can live."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ask("sysctl", "-n", "kern.bootsessionuuid")
+
+
+def process_birth(pid: int) -> str | None:
+    """Return when a process began, in words of this system; None if it is dead or a zombie.
+
+    With the pid it names one process for good: a recycled pid has another birth.
+    """
+    if sys.platform == "linux":
+        status = process_status(pid)
+        return status[19] if status else None
+    state, _, birth = ask("ps", "-o", "stat=,lstart=", "-p", str(pid)).partition(" ")
+    return birth.strip() if state and not state.startswith("Z") else None
+
+
+def session_members(session: int) -> list[int]:
+    """Return the pids of a session's living processes."""
+    if sys.platform == "linux":
+        found = (
+            (int(pid), process_status(int(pid))) for pid in os.listdir("/proc") if pid.isdigit()
+        )
+        return [pid for pid, status in found if status and int(status[3]) == session]
+    members = []
+    for line in ask("ps", "-axo", "pid=,stat=").splitlines():
+        pid, state = line.split()[:2]
+        try:
+            if os.getsid(int(pid)) == session and not state.startswith("Z"):
+                members.append(int(pid))
+        except OSError:
+            pass
+    return members
+
+
+def process_status(pid: int) -> list[str] | None:
+    """Return /proc/PID/stat from the state on (proc(5): its field 3 is item 0 here), if alive."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            status = file.read().rpartition(b")")[2].decode().split()
+    except OSError:
+        return None
+    return None if status[0] in "ZX" else status
+
+
+def ask(*command: str) -> str:
+    import subprocess
+
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def is_alive(row: Any, boot: str, prefix: str = "") -> bool:
+    """Say whether the very process that a row names by pid, birth and boot is alive."""
+    return row["boot"] == boot and process_birth(row[prefix + "pid"]) == row[prefix + "birth"]
+
+
+def send(pid: int, number: int) -> bool:
+    """Signal a process; say whether that is allowed. One that is gone already is fine."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        return False
+    return True
+
+
+def push(pids: Iterable[int], asked: set[int], hard: bool) -> list[int]:
+    """Ask each process to end, once, or `hard` end it; return those that may not be signalled."""
+    refused = []
+    for pid in pids:
+        if hard:
+            allowed = send(pid, signal.SIGKILL)
+        else:  # SIGCONT too, for a stopped process does not hear SIGTERM
+            allowed = pid in asked or (send(pid, signal.SIGTERM) and send(pid, signal.SIGCONT))
+            asked.add(pid)
+        refused += [] if allowed else [pid]
+    return refused
+
+
+def signal_text(code: int) -> str:
+    """Return an exit code in words: exit code 2, killed by SIGKILL."""
+    if code >= 0:
+        return f"exit code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"killed by {names.get(-code, f'signal {-code}')}"
+
+
+def quiet_pipe() -> tuple[int, int]:
+    """Return a pipe (read end, write end) that never blocks."""
+    ends = os.pipe()
+    for end in ends:
+        os.set_blocking(end, False)
+    return ends
+
+
+def drained(handle: int) -> None:
+    """Read all that is there now."""
+    try:
+        while len(os.read(handle, 65_536)) == 65_536:
+            pass
+    except BlockingIOError:
+        pass
