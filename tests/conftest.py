@@ -1,0 +1,192 @@
+"""What the tests share: a throw-away queue, real processes, and the check that nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import database  # noqa: E402
+import worker  # noqa: E402
+
+DEADLINE_S = 30.0  # generous: machines are shared; a test that passes never waits for it
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """Under QUEUECTL_TEST_ALL=1 every part is installed, so a skip hides something."""
+    if report.skipped and os.environ.get("QUEUECTL_TEST_ALL") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+
+
+def eventually(check: Callable[[], Any], what: str = "", seconds: float = DEADLINE_S) -> Any:
+    """Poll until `check` returns something true, and return that; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = check()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {what or check}")
+        time.sleep(0.02)
+
+
+class Queue:
+    """A queue of its own in a private directory, with its own settings."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.path = str(folder / "queue.db")
+        self.config = str(folder / "config.json")
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("QUEUECTL_")},
+            "QUEUECTL_DB": self.path,
+            "QUEUECTL_CONFIG": self.config,
+        }
+        self.supervisors: list[subprocess.Popen] = []
+        self.sessions: set[int] = set()  # of every worker seen, to look for what they left
+
+    def configure(self, **settings: float) -> None:
+        """Write a settings file; quick ones, so that tests need not wait."""
+        Path(self.config).write_text(json.dumps(settings))
+
+    def run(
+        self,
+        *words: str,
+        stdin: str | bytes | None = None,
+        check: int | None = None,
+        cwd: Path | None = None,
+    ) -> subprocess.CompletedProcess:
+        """Run one command as a user would; with `check`, require that exit code."""
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "queuectl.py"), *words],
+            input=stdin.encode() if isinstance(stdin, str) else stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            env=self.environment,
+            cwd=cwd or self.folder,
+            timeout=120,
+        )
+        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+        assert "Traceback" not in done.stderr, done.stderr
+        if check is not None:
+            assert done.returncode == check, (words, done.returncode, done.stdout, done.stderr)
+        return done
+
+    def json(self, *words: str) -> Any:
+        return json.loads(self.run(*words, "--json", check=0).stdout)
+
+    def job(self, id: str) -> dict[str, Any]:
+        return self.json("show", id)
+
+    def state(self, id: str) -> str:
+        """Read one state straight from the file: cheap enough to poll."""
+        db = database.connect(self.path)
+        try:
+            return database.job(db, database.find(db, id))["state"]
+        finally:
+            db.close()
+
+    def states(self) -> dict[str, int]:
+        db = database.connect(self.path)
+        try:
+            return database.counts(db)
+        finally:
+            db.close()
+
+    def workers(self) -> list[Any]:
+        """Return the rows of the live workers, remembering their sessions for the last check."""
+        db = database.connect(self.path)
+        try:
+            rows = worker.live_workers(db)
+        finally:
+            db.close()
+        self.sessions |= {row["pid"] for row in rows}
+        return rows
+
+    def start(self, *words: str, count: int = 1, ready: bool = True) -> subprocess.Popen:
+        """Start a supervisor in the foreground, its lines going to a file; wait for its workers."""
+        log = open(self.folder / f"log{len(self.supervisors)}", "wb")
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "queuectl.py"),
+                "worker",
+                "start",
+                "--count",
+                str(count),
+                *words,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=self.environment,
+            cwd=self.folder,
+            start_new_session=True,
+        )
+        log.close()
+        process.log = self.folder / f"log{len(self.supervisors)}"
+        self.supervisors.append(process)
+        if ready:
+            eventually(
+                lambda: (
+                    process.poll() is not None
+                    or sum(row["supervisor_pid"] == process.pid for row in self.workers()) >= count
+                ),
+                "the workers are up",
+            )
+        return process
+
+    def drain(self, *words: str, count: int = 1) -> str:
+        """Run all jobs to their end and return what the workers said."""
+        done = self.run("worker", "start", "--drain", "--count", str(count), *words, check=0)
+        return done.stdout
+
+    def assert_clean(self) -> None:
+        """No process, no stray file, no lock is left, and the queue's invariants hold."""
+        for process in self.supervisors:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self.supervisors:
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise AssertionError(f"a supervisor did not leave: {process.log.read_text()}")
+        if not os.path.exists(self.path):
+            return
+        self.run("worker", "stop", "--now", check=0)  # settles what killed supervisors left
+        for session in self.sessions:
+            assert worker.session_members(session) == [], f"alive in session {session}"
+        stray = set(os.listdir(self.path + ".run")) - {"bell", "workers.log"}
+        assert not stray, f"stray files: {stray}"
+        db = database.connect(self.path)
+        db.execute("PRAGMA busy_timeout = 0")
+        db.execute("BEGIN IMMEDIATE")  # raises if somebody holds the lock
+        db.execute("ROLLBACK")
+        problems = [(name, text) for name, text in database.check(db, self.path) if text]
+        db.close()
+        assert not problems, problems
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator[Queue]:
+    """A queue for a test with processes; ends in the shared check that nothing is left."""
+    found = Queue(tmp_path)
+    found.configure(backoff_base=0.05, backoff_jitter=0, kill_grace_s=1, poll_interval_ms=100)
+    before = (ROOT / "config.json").read_bytes()
+    yield found
+    found.assert_clean()
+    assert (ROOT / "config.json").read_bytes() == before
+    assert not (ROOT / "queue.db").exists()
