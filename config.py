@@ -76,7 +76,9 @@ def load(path: str) -> dict[str, float]:
     settings = {key: setting.default for key, setting in SETTINGS.items()}
     try:
         with open(path, encoding="utf-8") as file:
-            stored = parse_object(file.read())
+            stored = parse_json(file.read())
+        if not isinstance(stored, dict):
+            raise BadInput(f"must be a JSON object, not {json_kind(stored)}")
         for key, value in stored.items():
             name = setting_name(key)
             settings[name] = check_number(name, value, SETTINGS[name])
@@ -239,7 +241,7 @@ def check_time(name: str, value: Any) -> float:
 # --- text to values --------------------------------------------------------------------------
 
 
-def parse_object(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """Parse JSON, refusing a repeated key (of two values, which one was meant?) and NaN."""
     try:
         return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
@@ -258,7 +260,7 @@ def parse_entries(lines: Iterator[str]) -> Iterator[tuple[int, Any]]:
             return
         if line.strip():
             try:
-                yield number, parse_object(line)
+                yield number, parse_json(line)
             except BadInput as error:
                 raise BadInput(f"line {number}: {error}") from None
 

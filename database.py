@@ -32,6 +32,7 @@ STATES = ("pending", "processing", "completed", "failed", "dead", "cancelled")
 SETTLED = ("completed", "dead", "cancelled")
 
 VERSION = 1
+APPLICATION_ID = 0x7163746C  # "qctl" in the file's header: no other program's database is ours
 SCHEMA = (
     """
     CREATE TABLE jobs (
@@ -124,6 +125,7 @@ class Run(NamedTuple):
     command: str
     cwd: str
     due_at: float
+    started_at: float
 
 
 class Result(NamedTuple):
@@ -149,7 +151,8 @@ def connect(path: str, durable: bool = True) -> sqlite3.Connection:
     """
     try:
         # Made here and not by SQLite, to be private from its first moment whatever the umask.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        if not os.path.isfile(path):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as error:
         if not isinstance(error, PermissionError):  # what is read-only can still be read
             raise QueueError(f"{path}: cannot be opened as a queue: {error.strerror}") from None
@@ -157,7 +160,7 @@ def connect(path: str, durable: bool = True) -> sqlite3.Connection:
     try:
         db.row_factory = sqlite3.Row
         db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-        if db.execute("PRAGMA user_version").fetchone()[0] != VERSION:
+        if identity(db) != (APPLICATION_ID, VERSION):
             migrate(db, path)
     except BaseException as error:
         db.close()
@@ -167,22 +170,30 @@ def connect(path: str, durable: bool = True) -> sqlite3.Connection:
     return db
 
 
+def identity(db: sqlite3.Connection) -> tuple[int, int]:
+    """Return whose database this is and of which version."""
+    pragmas = ("application_id", "user_version")
+    return tuple(db.execute(f"PRAGMA {pragma}").fetchone()[0] for pragma in pragmas)
+
+
 def migrate(db: sqlite3.Connection, path: str) -> None:
     """Bring a new or an older file to VERSION, all steps in one transaction."""
-    foreign = "SELECT 1 FROM sqlite_master"
-    if db.execute(foreign).fetchone() is None:
+    tables = "SELECT 1 FROM sqlite_master"
+    if db.execute(tables).fetchone() is None:
         db.execute("PRAGMA journal_mode = WAL")  # readers and the writer do not block each other
     with transaction(db):
-        # Only read here, under the lock: another process may have done it meanwhile.
-        version = db.execute("PRAGMA user_version").fetchone()[0]
+        # Only what is read here, under the lock, counts: another process may have been faster.
+        owner, version = identity(db)
+        new = (owner, version) == (0, 0) and db.execute(tables).fetchone() is None
+        if not new and owner != APPLICATION_ID:
+            raise QueueError(f"{path} is a database, but no queue; use another --db")
         if version > VERSION:
             known = f"this program knows up to {VERSION}; use a newer queuectl"
             raise QueueError(f"{path} is a queue of version {version}; {known}")
-        if version == 0 and db.execute(foreign).fetchone():
-            raise QueueError(f"{path} is a database, but no queue; use another --db")
-        for step in [SCHEMA] if version == 0 else [MIGRATIONS[v] for v in range(version, VERSION)]:
+        for step in [SCHEMA] if new else [MIGRATIONS[v] for v in range(version, VERSION)]:
             for statement in step:
                 db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {VERSION}")
 
 
@@ -205,6 +216,7 @@ def error_text(error: Exception, path: str) -> str:
         ("malformed", "is damaged; `doctor` tells more; restore it from a copy"),
         ("is full", "the disk is full: nothing was changed; make room and try again"),
         ("readonly", "is read-only: nothing was changed; make it writable for this user"),
+        ("I/O", "cannot be read or written (disk I/O error); is the disk full, or broken?"),
         ("unable to open", "cannot be opened; is its directory there and writable?"),
         ("is locked", f"was locked by another process for {BUSY_TIMEOUT_S} s; try again"),
         ("", f"SQLite says: {error}; `doctor` tells more"),
@@ -240,7 +252,7 @@ def enqueue(
     with transaction(db):
         count = db.execute("SELECT count(*) FROM incoming").fetchone()[0]
         for line, job_id in db.execute("SELECT line, id FROM incoming JOIN jobs USING (id)"):
-            place = f"line {line}: " if count > 1 else ""
+            place = f"line {line}: " if line else ""
             raise QueueError(f'{place}the id "{job_id}" is in use; choose another, or leave it out')
         # A made-up id is short and looks random, yet none repeats: multiplying by an odd number is
         # a permutation of the numbers below a power of two (Knuth, TAOCP 6.4). A user may have
@@ -249,7 +261,8 @@ def enqueue(
         last = (
             db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'").fetchone() or [0]
         )[0]
-        clash = f"SELECT max(number) FROM incoming JOIN jobs ON jobs.id = {made_up}"
+        taken = "SELECT id FROM jobs UNION ALL SELECT id FROM incoming WHERE id IS NOT NULL"
+        clash = f"SELECT max(number) FROM incoming WHERE id IS NULL AND {made_up} IN ({taken})"
         while passed := db.execute(clash, {"last": last}).fetchone()[0]:
             last += passed
         db.execute(
@@ -316,7 +329,7 @@ def held_by(db: sqlite3.Connection, worker: str) -> Run | None:
     row = db.execute(
         """
         SELECT runs.id, seq, jobs.id, runs.worker, attempt, max_retries, backoff_base, command,
-               cwd, due_at
+               cwd, due_at, runs.started_at
         FROM jobs JOIN runs ON job = seq AND runs.finished_at IS NULL
         WHERE state = 'processing' AND jobs.worker = :worker""",
         {"worker": worker},
@@ -423,8 +436,7 @@ def retry_dead(db: sqlite3.Connection, seqs: list[int] | None, now: float) -> in
             changed = db.execute(
                 """
                 UPDATE jobs
-                SET state = 'pending', attempts = 0, due = 1, run_at = :now,
-                    finished_at = NULL, updated_at = :now
+                SET state = 'pending', attempts = 0, due = 1, run_at = :now, updated_at = :now
                 WHERE seq = :seq AND state = 'dead'""",
                 {"seq": seq, "now": now},
             ).rowcount
@@ -549,6 +561,8 @@ RUN = """id, attempt, worker, due_at, started_at, finished_at, outcome, exit_cod
 
 def find(db: sqlite3.Connection, text: str) -> int:
     """Return the seq of the job with this id, or with the one id that begins so."""
+    text = text.encode(errors="replace").decode()  # what came in as other bytes is no id of ours
+    text = text.encode(errors="replace").decode()
     exact = "SELECT seq, id FROM jobs WHERE id = :text"
     prefix = "SELECT seq, id FROM jobs WHERE id > :text AND id < :text || char(1114111) LIMIT 4"
     rows = db.execute(exact, {"text": text}).fetchall()
@@ -714,7 +728,7 @@ def check(db: sqlite3.Connection, path: str) -> Iterator[tuple[str, str]]:
     """Yield (what was checked, what is wrong with it or "") for the file and the invariants."""
     damage = "; ".join(row[0] for row in db.execute("PRAGMA integrity_check(5)"))
     yield "the file is whole (PRAGMA integrity_check)", "" if damage == "ok" else damage
-    version = db.execute("PRAGMA user_version").fetchone()[0]
+    version = identity(db)[1]
     yield f"its schema is version {VERSION}", "" if version == VERSION else f"it is {version}"
     others = stat.S_IMODE(os.stat(path).st_mode) & 0o022
     yield "only its owner can write it", f"chmod go-w {path}" if others else ""

@@ -118,15 +118,20 @@ def table(head: list[str], rows: list[list[Any]]) -> None:
         click.echo("  ".join([*cells, last]).rstrip())
 
 
-def print_event(who: str, pid: int, verb: str, text: str) -> None:
+def print_event(who: str, pid: int, verb: str, text: str, to: Any = None) -> None:
     """Print one line of `worker start`. Workers call it too: one write, so lines stay whole."""
-    word = click.style(f"{verb:<9}", fg=COLOURS.get(verb)) if sys.stdout.isatty() else f"{verb:<9}"
-    line = f"{time.strftime('%H:%M:%S')}  {who:<10}  pid {pid:<7}  {word}  {clean(text)}"
+    to = to or sys.stdout
+    word = click.style(f"{verb:<9}", COLOURS[verb]) if verb in COLOURS and to.isatty() else verb
+    line = f"{time.strftime('%H:%M:%S')}  {who:<10}  pid {pid:<7}  {word:<9}  {clean(text)}"
     try:
-        sys.stdout.write(line.rstrip() + "\n")
-        sys.stdout.flush()
+        to.write(line.rstrip() + "\n")
+        to.flush()
     except (OSError, ValueError):
         pass  # the terminal or the reader is gone: the work matters more
+
+
+def print_remark(*event: Any) -> None:
+    print_event(*event, to=sys.stderr)
 
 
 def seconds(_: Any, __: Any, text: str | None) -> float | None:
@@ -207,7 +212,7 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
         entries = file_entries(file, lines)
     elif job is not None:
         text = "".join(file_lines("-")) if job == "-" else job
-        entries = [(1, config.parse_object(text))]
+        entries = [(1, config.parse_json(text))]
     else:
         entries = [(1, job_of_options(given, now))]
     first, last = database.enqueue(place.db, checked(entries), now)
@@ -309,7 +314,7 @@ def stop(place: Place, now: bool, timeout: float | None) -> None:
     """Let every worker finish its job and leave; wait until they have."""
     from worker import stop as stop_workers
 
-    left = stop_workers(place.path, place.settings, print_event, now, timeout)
+    left = stop_workers(place.path, place.settings, print_remark, now, timeout)
     click.echo(f"{plural(left, 'worker')} left")
 
 
@@ -429,11 +434,12 @@ def print_jobs(place: Place, states: list[str] | None, limit: int | None, as_jso
     if len(rows) > most > 0:
         rows.pop()
         click.echo(f"only {most} are shown; --limit 0 shows all", err=True)
-    lines = [
-        [row["id"], row["state"], row["attempts"], due_text(row, now), row["command"]]
-        for row in (rows if states is None else reversed(rows))
-    ]
-    table(["ID", "STATE", "ATTEMPTS", "DUE", "COMMAND"], lines)
+    dead = states == ["dead"]
+    lines = []
+    for row in rows if states is None else reversed(rows):
+        due = row["last_error"] if dead else due_text(row, now)
+        lines.append([row["id"], row["state"], row["attempts"], due, row["command"]])
+    table(["ID", "STATE", "ATTEMPTS", "ERROR" if dead else "DUE", "COMMAND"], lines)
 
 
 def due_text(row: Any, now: float) -> str:
@@ -552,7 +558,7 @@ def cancel(place: Place, ids: tuple[str, ...]) -> None:
     seqs = [database.find(place.db, id) for id in ids]
     running = [seq for seq in seqs if database.cancel(place.db, seq, time.time()) == "processing"]
     if running:
-        await_cancelled(place.path, place.settings, print_event, running)
+        await_cancelled(place.path, place.settings, print_remark, running)
     rows = [database.job(place.db, seq) for seq in seqs]
     for row in rows:
         click.echo(f"{clean(row['id'])} {row['state']}")

@@ -378,10 +378,16 @@ def work(supervisor: Supervisor) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     os.close(supervisor.lifeline_write)
     path, say, settings, pid = supervisor.path, supervisor.say, supervisor.settings, os.getpid()
-    db = database.connect(path, durable=False)
-    birth = process_birth(pid) or ""
-    name = database.register_worker(db, supervisor.id, pid, birth, time.time())
-    desk = Desk(path, name)
+    try:
+        make_run_directory(path)  # again: somebody may have removed it meanwhile
+        db = database.connect(path, durable=False)
+        name = database.register_worker(
+            db, supervisor.id, pid, process_birth(pid) or "", time.time()
+        )
+        desk = Desk(path, name)
+    except (OSError, QueueError, database.SQLiteError) as error:
+        say("worker", pid, "trouble", database.error_text(error, path))
+        raise SystemExit(1) from None
     while not leave and os.getppid() == supervisor.pid:
         run = due_at = None
         try:
@@ -494,7 +500,8 @@ def record(
     now = time.time()
     ended = database.finish(db, run, result, now, settings["max_backoff_s"], jitter)
     verb, run_at = ended or ("ignored", now)
-    told = f"{run.job}: {result.error}" if result.error else run.job
+    took = f"{run.job} in {duration_text(now - run.started_at)}"
+    told = f"{run.job}: {result.error}" if result.error else took
     if result.outcome == "stopped" and verb != "cancelled":
         verb = "put back"
     elif verb == "failed":

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +17,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# Nothing may be left in the checkout, by these processes and by those they start.
+sys.dont_write_bytecode = True
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+
+from hypothesis import configuration, settings  # noqa: E402
 
 import database  # noqa: E402
 import worker  # noqa: E402
+
+# No deadline, for machines are shared.
+configuration.set_hypothesis_home_dir(os.path.join(tempfile.gettempdir(), "hypothesis"))
+settings.register_profile("here", database=None, deadline=None)
+settings.load_profile("here")
 
 DEADLINE_S = 30.0  # generous: machines are shared; a test that passes never waits for it
 
@@ -163,13 +174,15 @@ class Queue:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                raise AssertionError(f"a supervisor did not leave: {process.log.read_text()}")
+                text = f"a supervisor did not leave: {process.log.read_text()}"
+                raise AssertionError(text) from None
         if not os.path.exists(self.path):
             return
         self.run("worker", "stop", "--now", check=0)  # settles what killed supervisors left
         for session in self.sessions:
             assert worker.session_members(session) == [], f"alive in session {session}"
-        stray = set(os.listdir(self.path + ".run")) - {"bell", "workers.log"}
+        run = Path(self.path + ".run")
+        stray = {path.name for path in run.glob("*")} - {"bell", "workers.log"}
         assert not stray, f"stray files: {stray}"
         db = database.connect(self.path)
         db.execute("PRAGMA busy_timeout = 0")
