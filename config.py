@@ -79,8 +79,10 @@ def load(path: str) -> dict[str, float]:
             stored = parse_json(file.read())
         if not isinstance(stored, dict):
             raise BadInput(f"must be a JSON object, not {json_kind(stored)}")
-        for key, value in stored.items():
-            name = setting_name(key)
+        names = [setting_name(key) for key in stored]
+        for name, value in zip(names, stored.values()):
+            if names.count(name) > 1:
+                raise BadInput(f'"{name}" is given twice, in two spellings')
             settings[name] = check_number(name, value, SETTINGS[name])
     except FileNotFoundError:
         pass
@@ -304,13 +306,14 @@ def refuse_constant(word: str) -> None:
 
 
 def parse_number(text: str) -> float:
-    try:
-        return int(text)
-    except ValueError:
+    """Return an int or a float; only what JSON or a shell would call one, so no 1_000."""
+    for kind in (int, float):
         try:
-            return float(text)
+            if "_" not in text and text.isascii():
+                return kind(text)
         except ValueError:
-            raise BadInput(f'"{text}" is not a number') from None
+            pass
+    raise BadInput(f'"{text}" is not a number')
 
 
 def parse_duration(text: str) -> float:

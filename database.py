@@ -150,13 +150,16 @@ def connect(path: str, durable: bool = True) -> sqlite3.Connection:
     Workers' are not: a power cut may undo their last results, and those jobs run again.
     """
     try:
-        # Made here and not by SQLite, to be private from its first moment whatever the umask.
+        # Made here and not by SQLite, to be private from its first moment whatever the umask. And
+        # never opened here again: closing any descriptor of a file drops all locks that this
+        # process has on it, another connection's too (sqlite.org/howtocorrupt.html, 2.2).
         if not os.path.isfile(path):
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as error:
         if not isinstance(error, PermissionError):  # what is read-only can still be read
             raise QueueError(f"{path}: cannot be opened as a queue: {error.strerror}") from None
-    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+    # Absolute, for to SQLite some names are no files (:memory:).
+    db = sqlite3.connect(os.path.abspath(path), timeout=BUSY_TIMEOUT_S, isolation_level=None)
     try:
         db.row_factory = sqlite3.Row
         db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
@@ -185,7 +188,7 @@ def migrate(db: sqlite3.Connection, path: str) -> None:
         # Only what is read here, under the lock, counts: another process may have been faster.
         owner, version = identity(db)
         new = (owner, version) == (0, 0) and db.execute(tables).fetchone() is None
-        if not new and owner != APPLICATION_ID:
+        if not new and (owner != APPLICATION_ID or version < 1):
             raise QueueError(f"{path} is a database, but no queue; use another --db")
         if version > VERSION:
             known = f"this program knows up to {VERSION}; use a newer queuectl"
@@ -261,8 +264,10 @@ def enqueue(
         last = (
             db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'").fetchone() or [0]
         )[0]
-        taken = "SELECT id FROM jobs UNION ALL SELECT id FROM incoming WHERE id IS NOT NULL"
-        clash = f"SELECT max(number) FROM incoming WHERE id IS NULL AND {made_up} IN ({taken})"
+        clash = f"""
+            SELECT max(number) FROM incoming WHERE id IS NULL AND (
+                {made_up} IN (SELECT id FROM jobs) OR
+                {made_up} IN (SELECT id FROM incoming WHERE id IS NOT NULL))"""
         while passed := db.execute(clash, {"last": last}).fetchone()[0]:
             last += passed
         db.execute(
@@ -561,12 +566,14 @@ RUN = """id, attempt, worker, due_at, started_at, finished_at, outcome, exit_cod
 
 def find(db: sqlite3.Connection, text: str) -> int:
     """Return the seq of the job with this id, or with the one id that begins so."""
-    text = text.encode(errors="replace").decode()  # what came in as other bytes is no id of ours
     text = text.encode(errors="replace").decode()
     exact = "SELECT seq, id FROM jobs WHERE id = :text"
     prefix = "SELECT seq, id FROM jobs WHERE id > :text AND id < :text || char(1114111) LIMIT 4"
-    rows = db.execute(exact, {"text": text}).fetchall()
-    rows = rows or (db.execute(prefix, {"text": text}).fetchall() if text else [])
+    try:
+        rows = db.execute(exact, {"text": text}).fetchall()
+        rows = rows or (db.execute(prefix, {"text": text}).fetchall() if text else [])
+    except UnicodeEncodeError:  # bytes that are no text: no id either
+        rows = []
     if not rows:
         raise QueueError(f'no job "{text}"; `list` shows those that are there')
     if len(rows) > 1:
@@ -665,7 +672,7 @@ def output_text(kept: bytes | None, written: int | None) -> str:
 
 def duration_text(seconds: float) -> str:
     """Return a span for people: 0.04 s, 3.4 s, 2 min 5 s, 3 h 20 min, 2 d 4 h."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{max(seconds, 0):.{2 if seconds < 0.1 else 1}f} s"
     for size, unit, part, smaller in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min")):
         if seconds >= size:

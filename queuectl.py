@@ -8,12 +8,15 @@ that `enqueue` starts fast.
 
 from __future__ import annotations
 
+import codecs
+import errno
 import json
 import os
 import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -58,8 +61,7 @@ def main() -> None:
         code = cli.main(obj=place, prog_name="queuectl.py", standalone_mode=False) or 0
         sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
-        code = error.exit_code
+        code = complain(error.format_message(), error.exit_code)
     except BadInput as error:
         code = complain(str(error), 2)
     except (config.BadFile, database.QueueError) as error:
@@ -68,16 +70,17 @@ def main() -> None:
         code = complain(database.error_text(error, place.path), 1)
     except (click.Abort, KeyboardInterrupt):
         code = 130
-    except BrokenPipeError:  # `list | head`: nobody reads on; nothing more may be flushed to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+    except OSError as error:  # nobody reads on (`list | head`), or there is no room for the result
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to flush must not fail again
+        code = 1 if error.errno == errno.EPIPE else complain(f"standard output: {error}", 1)
     finally:
         place.close()
     sys.exit(code)
 
 
 def complain(message: str, code: int) -> int:
-    click.echo(f"Error: {clean(message)}", err=True)
+    # A message of several lines is click's help, shown for a command without its words.
+    click.echo(message if "\n" in message else f"Error: {clean(message)}", err=True)
     return code
 
 
@@ -165,7 +168,7 @@ def cli(place: Place, db: str, settings: str) -> None:
 def init(place: Place) -> None:
     """Make the queue. Not needed: every other command does, too."""
     place.db.close()
-    click.echo(f"queue ready: {place.path}")
+    click.echo(clean(f"queue ready: {place.path}"))
 
 
 @cli.command()
@@ -197,14 +200,14 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
         raise BadInput(f"--{next(iter(given)).replace('_', '-')} goes with --command")
     if lines and file is None:
         raise BadInput("--lines goes with --file")
-    now, settings, cwd, ignored = time.time(), place.settings, os.getcwd(), set()
+    now, settings, cwd, ignored = time.time(), place.settings, current_directory(), set()
 
     def checked(entries: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
         for line, entry in entries:
             try:
                 row, unused = config.check_job(entry, settings, now, cwd)
             except BadInput as error:
-                raise BadInput(f"line {line}: {error}" if file else str(error)) from None
+                raise BadInput(f"line {line}: {error}" if line else str(error)) from None
             ignored.update(unused)
             yield line, row
 
@@ -212,9 +215,9 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
         entries = file_entries(file, lines)
     elif job is not None:
         text = "".join(file_lines("-")) if job == "-" else job
-        entries = [(1, config.parse_json(text))]
+        entries = [(0, config.parse_json(text))]
     else:
-        entries = [(1, job_of_options(given, now))]
+        entries = [(0, job_of_options(given, now))]
     first, last = database.enqueue(place.db, checked(entries), now)
     ring(place, last - first + 1)
     if ignored:
@@ -227,6 +230,13 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
         click.echo(f"enqueued {plural(last - first + 1, 'job')}")
     else:
         click.echo(clean(database.job(place.db, first)["id"]))
+
+
+def current_directory() -> str:
+    try:
+        return config.check_text("cwd", os.getcwd())
+    except FileNotFoundError:
+        raise database.QueueError("the current directory is gone; change to another") from None
 
 
 def job_of_options(given: dict[str, Any], now: float) -> dict[str, Any]:
@@ -256,15 +266,13 @@ def file_lines(path: str) -> Iterator[str]:
     try:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
             size = os.fstat(file.fileno()).st_size
-            bar = None
-            if size and sys.stderr.isatty():
-                bar = click.progressbar(length=size, file=sys.stderr, update_min_steps=size // 200)
-            for line, raw in enumerate(file, 1):
-                yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
-                if bar:
-                    bar.update(len(raw))
-            if bar:
-                bar.render_finish()
+            shown = size and sys.stderr.isatty()
+            steps = {"length": size, "file": sys.stderr, "update_min_steps": size // 200}
+            with click.progressbar(**steps) if shown else nullcontext() as bar:
+                for line, raw in enumerate(file, 1):
+                    yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
+                    if bar:
+                        bar.update(len(raw))
     except UnicodeDecodeError as error:
         raise BadInput(f"line {line}: not UTF-8: {error.reason}") from None
     except OSError as error:
@@ -486,6 +494,7 @@ def logs(place: Place, id: str, attempt: int | None, only: str | None, follow: b
 
     seq = database.find(place.db, id)
     sent = {name: 0 for name in ("stdout", "stderr") if only in (None, name)}
+    decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name in sent}
 
     def chosen() -> Any:
         runs = [run for run in database.runs(place.db, seq) if attempt in (None, run["attempt"])]
@@ -495,7 +504,7 @@ def logs(place: Place, id: str, attempt: int | None, only: str | None, follow: b
         sent[stream] += len(data)
         if data and not only and not follow:
             click.echo(f"--- {stream} ---")
-        text = clean(data.decode(errors="replace"), keep=LAYOUT)
+        text = clean(decoders[stream].decode(data), keep=LAYOUT)
         click.echo(text, nl=not follow and text[-1:] not in ("", "\n"))
 
     run = chosen()
@@ -555,15 +564,21 @@ def cancel(place: Place, ids: tuple[str, ...]) -> None:
     """Cancel jobs: a waiting one at once, a running one with its whole process tree."""
     from worker import await_cancelled
 
-    seqs = [database.find(place.db, id) for id in ids]
-    running = [seq for seq in seqs if database.cancel(place.db, seq, time.time()) == "processing"]
+    running, failed = [], False
+    for seq in dict.fromkeys([database.find(place.db, id) for id in ids]):
+        try:
+            if database.cancel(place.db, seq, time.time()) == "processing":
+                running.append(seq)
+            else:
+                click.echo(clean(f"{database.job(place.db, seq)['id']} cancelled"))
+        except database.QueueError as error:
+            failed = complain(str(error), 1)
     if running:
         await_cancelled(place.path, place.settings, print_remark, running)
-    rows = [database.job(place.db, seq) for seq in seqs]
-    for row in rows:
-        click.echo(f"{clean(row['id'])} {row['state']}")
-    if any(row["state"] != "cancelled" for row in rows):
-        raise database.QueueError("not every job could be cancelled: it ended first")
+    for row in [database.job(place.db, seq) for seq in running]:
+        click.echo(clean(f"{row['id']} {row['state']}"))
+        failed |= row["state"] != "cancelled"  # it ended first
+    raise SystemExit(int(failed))
 
 
 @cli.group()
@@ -588,7 +603,7 @@ def dlq_retry(place: Place, ids: tuple[str, ...], all_dead: bool) -> None:
     """Start dead jobs over: pending, due now, no attempts used, history kept."""
     if bool(ids) == all_dead:
         raise BadInput("give the IDs of dead jobs, or --all")
-    seqs = None if all_dead else [database.find(place.db, id) for id in ids]
+    seqs = None if all_dead else list(dict.fromkeys(database.find(place.db, id) for id in ids))
     count = database.retry_dead(place.db, seqs, time.time())
     ring(place, count)
     click.echo(f"{plural(count, 'job')} pending again")
@@ -650,8 +665,10 @@ def doctor(place: Place, as_json: bool) -> None:
     else:
         for name, problem in found:
             click.echo(clean(f"BROKEN  {name}: {problem}" if problem else f"ok      {name}"))
-    sys.exit(0 if ok else 1)
+    raise SystemExit(not ok)
 
 
 if __name__ == "__main__":
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # no text is too foreign to be shown
     main()

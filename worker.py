@@ -105,7 +105,9 @@ class Supervisor:
     def sleep(self) -> None:
         from multiprocessing.connection import wait
 
-        sentinels = [child.sentinel for child in self.children.values()]
+        # Those of the dead that are being settled stay ready: waiting on them would be spinning.
+        ending = {each.worker["pid"] for each in self.endings.values()}
+        sentinels = [child.sentinel for pid, child in self.children.items() if pid not in ending]
         wait([*sentinels, self.wake], BUSY_TICK_S if self.busy or self.endings else IDLE_TICK_S)
         drained(self.wake)
 
@@ -188,14 +190,15 @@ class Supervisor:
         child = self.children.get(row["pid"]) if mine else None
         alive = child.exitcode is None if child else is_alive(row, self.boot)
         silent = 0.0 if mine else self.silences[row["supervisor"]][1]
+        heard = silent <= self.settings["lock_timeout_s"]
+        if not mine and heard and is_alive(row, self.boot, "supervisor_"):
+            return None  # its supervisor's to judge: it alone knows why it ended this worker
         if not alive:
             killed = child is not None and child.exitcode < 0
             cause = f": {signal_text(child.exitcode)}" if killed else ""
             return "failed", f"worker lost{cause}", None
-        if silent > self.settings["lock_timeout_s"]:
+        if not heard:
             return "failed", f"worker lost: silent for {duration_text(silent)}", None
-        if not mine and is_alive(row, self.boot, "supervisor_"):
-            return None  # its supervisor's to judge
         if max(row["stop"], self.stopping if mine else 0) > 1:
             return *NOT_COUNTED, None
         if row["cancelling"]:
@@ -316,6 +319,7 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
     make_run_directory(path)
     log = os.path.join(run_directory(path), "workers.log")
     with os.fdopen(safe_open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND), "r+b", 0) as file:
+        log_start = file.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             [sys.executable, os.path.join(os.path.dirname(__file__), "queuectl.py"), *arguments],
             stdin=subprocess.DEVNULL,
@@ -331,8 +335,9 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
                 return process.pid, log
             time.sleep(0.01)
         if process.returncode != 0:
-            last_line = read_tail(file.fileno(), 500)[0].decode(errors="replace").strip()
-            raise QueueError(f"the workers did not start: {last_line}; log {log}")
+            file.seek(log_start)
+            said = file.read().decode(errors="replace").strip().removeprefix("Error: ")
+            raise QueueError(f"the workers did not start: {said}; log {log}")
     return process.pid, log
 
 
@@ -535,6 +540,8 @@ def make_run_directory(path: str) -> None:
     folder, parent = run_directory(path), os.path.dirname(os.path.abspath(path))
     if not os.path.lexists(folder):
         os.mkdir(folder, 0o700)
+    if not os.path.isdir(folder) or os.path.islink(folder):
+        raise QueueError(f"{folder} is not a directory; remove it")
     for place in (path, folder, parent):
         status = os.stat(place, follow_symlinks=place != folder)
         # Others cannot replace our files in a sticky directory (/tmp). A group that is our own is
@@ -545,8 +552,6 @@ def make_run_directory(path: str) -> None:
             raise QueueError(f"others can write {place}; chmod go-w {place}")
         if place != parent and status.st_uid != os.geteuid():
             raise QueueError(f"{place} belongs to another user (uid {status.st_uid})")
-    if not os.path.isdir(folder) or os.path.islink(folder):
-        raise QueueError(f"{folder} is not a directory; remove it")
     try:
         os.mkfifo(os.path.join(folder, "bell"), 0o600)
     except (FileExistsError, PermissionError, AttributeError):

@@ -1,0 +1,793 @@
+"""Incidents in the life of processes: real workers, real signals, and nothing left afterwards.
+
+Most of these tests could be written with a clock; they are written with a ledger instead. A job
+appends to a file, the kernel keeps the order of appends, and so two runs of a job overlapped just
+if the numbers of its runs are out of order there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import DEADLINE_S, ROOT, Queue, eventually
+
+import config
+import database
+import worker
+
+HOST = os.uname().nodename
+# Run 1 never ends by itself nor when asked to; later ones end once there is a file "go".
+STUBBORN = """trap '' TERM
+until echo $QUEUECTL_ATTEMPT >> ledger; [ $QUEUECTL_ATTEMPT != 1 ] && [ -e go ]
+do sleep 0.02; done"""
+UNTIL_GO = "echo $QUEUECTL_JOB_ID >> ledger; until [ -e go ]; do sleep 0.02; done; echo done"
+# What a run may have become by the time it is to be ended, and the exit code that tells how it was.
+TREES = {
+    "with children": ("sleep 60 & sleep 60", -signal.SIGTERM),
+    "in groups": ("bash -c 'set -m; sleep 60 & timeout 60 sleep 60; wait'", -signal.SIGTERM),
+    "stopped": ("sleep 60 & kill -STOP $$; sleep 60", -signal.SIGTERM),
+    "deaf": ("trap '' TERM; sleep 60 & sleep 60; sleep 60", -signal.SIGKILL),
+}
+
+
+def enqueue(queue: Queue, id: str, command: str, **fields: float) -> None:
+    queue.run("enqueue", json.dumps({"id": id, "command": command, **fields}), check=0)
+
+
+def ledger(queue: Queue) -> list[str]:
+    try:
+        return (queue.folder / "ledger").read_text().split()
+    except FileNotFoundError:
+        return []
+
+
+def go(queue: Queue) -> None:
+    (queue.folder / "go").touch()
+
+
+def begun(queue: Queue, entries: int = 1) -> None:
+    eventually(lambda: len(ledger(queue)) >= entries, "the jobs have begun")
+
+
+def reaches(queue: Queue, id: str, state: str) -> None:
+    eventually(lambda: queue.state(id) == state, f"{id} is {state}")
+
+
+def runs(queue: Queue, id: str) -> list[tuple[str, str | None]]:
+    return [(run["outcome"], run["error"]) for run in queue.job(id)["runs"]]
+
+
+def sees_out_the_second_run(queue: Queue, id: str) -> None:
+    """A STUBBORN job runs again, and no process of its first run writes from then on."""
+    eventually(lambda: ledger(queue).count("2") >= 10, "the second run goes on")
+    go(queue)
+    reaches(queue, id, "completed")
+    assert ledger(queue) == sorted(ledger(queue)), "two runs of one job overlapped"
+
+
+@pytest.fixture
+def bystander() -> Iterator[subprocess.Popen]:
+    """A process that is nobody's worker, leader of a session as a worker would be."""
+    process = subprocess.Popen(["sleep", "300"], start_new_session=True)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def claimed(
+    queue: Queue, pid: int, birth: str = "gone", host: str = HOST, boot: str = "", owner: int = 0
+) -> tuple[sqlite3.Connection, database.Run]:
+    """Claim the next job for a worker that is nothing but a row, as is its supervisor.
+
+    The supervisor has the worker's pid, unless `owner` is a process that is to be it.
+    """
+    worker.make_run_directory(queue.path)
+    db = database.connect(queue.path)
+    whose = (owner, worker.process_birth(owner)) if owner else (pid, birth)
+    boot = boot or worker.boot_id()
+    supervisor = database.register_supervisor(db, host, boot, *whose, time.time())
+    name = database.register_worker(db, supervisor, pid, birth, time.time())
+    run, _ = database.claim(db, name, time.time(), time.monotonic())
+    return db, run
+
+
+def settler(queue: Queue) -> tuple[worker.Supervisor, list[str]]:
+    """Return a supervisor to step by hand, and what it says."""
+    told: list[str] = []
+    settings = config.load(queue.config)
+    return worker.Supervisor(queue.path, settings, lambda *words: told.append(words[2])), told
+
+
+# --- one run ---------------------------------------------------------------------------------
+
+
+def test_jobs_end_in_many_ways_and_each_is_recorded(queue: Queue) -> None:
+    commands = {
+        "well": ("echo out; echo err >&2", "completed", 0, None),
+        "badly": ("echo why >&2; exit 3", "dead", 3, "exit code 3: why"),
+        "killed": ("kill -9 $$", "dead", -9, "killed by SIGKILL"),
+        "asked to end": ("kill -TERM $$", "dead", -15, "killed by SIGTERM"),
+        "unknown": ("no-such-program 2> /dev/null", "dead", 127, "exit code 127"),
+    }
+    for id, (command, *_) in commands.items():
+        enqueue(queue, id, command, max_retries=0)
+    nowhere = {"id": "nowhere", "command": "true", "max_retries": 0, "cwd": str(queue.folder / "x")}
+    os.mkdir(nowhere["cwd"])
+    queue.run("enqueue", json.dumps(nowhere), check=0)
+    os.rmdir(nowhere["cwd"])
+    queue.drain()
+    for id, (_, *expected) in commands.items():
+        job = queue.job(id)
+        assert [job["state"], job["exit_code"], job["last_error"]] == expected
+    assert (queue.job("well")["stdout"], queue.job("well")["stderr"]) == ("out\n", "err\n")
+    assert queue.job("nowhere")["exit_code"] is None
+    assert queue.job("nowhere")["last_error"].startswith("cannot be started: No such file")
+    assert {run["worker"] for run in queue.json("list")} == {"w1"}, "no end of a job ends a worker"
+
+
+def test_a_job_fails_waits_longer_each_time_and_dies(queue: Queue) -> None:
+    enqueue(queue, "dies", "exit 1", max_retries=2, backoff_base=0.6)
+    enqueue(queue, "recovers", "exit $((2 - QUEUECTL_ATTEMPT))", backoff_base=0.3)
+    queue.drain(count=2)
+    assert (queue.state("dies"), queue.state("recovers")) == ("dead", "completed")
+    assert [outcome for outcome, _ in runs(queue, "recovers")] == ["failed", "completed"]
+    db = database.connect(queue.path)
+    first, second, third = database.runs(db, database.find(db, "dies"))
+    db.close()
+    for wait, before, after in ((0.6, first, second), (0.6**2, second, third)):
+        assert after["due_at"] == pytest.approx(before["finished_at"] + wait, abs=1e-3)
+        assert after["started_at"] >= after["due_at"]
+
+
+def test_a_job_finds_the_surroundings_it_was_promised(queue: Queue) -> None:
+    enqueue(queue, "names", "echo $QUEUECTL_JOB_ID $QUEUECTL_ATTEMPT; pwd; wc -c", max_retries=0)
+    # A signal that a shell finds ignored or blocked never reaches its trap.
+    signals = 'for s in INT TERM PIPE; do trap "echo $s" $s; kill -$s $$; done'
+    enqueue(queue, "signals", signals)
+    enqueue(queue, "odd bytes", r"printf '\377\000\033'; printf '\376' >&2; exit 1", max_retries=0)
+    queue.drain()
+    assert queue.job("names")["stdout"].split() == ["names", "1", str(queue.folder), "0"]
+    assert queue.job("signals")["stdout"].split() == ["INT", "TERM", "PIPE"]
+    assert queue.job("odd bytes")["stdout"] == "\ufffd\0\x1b"
+    assert queue.job("odd bytes")["last_error"] == "exit code 1: \ufffd"
+
+
+def test_a_terminal_is_there_and_jobs_have_none_of_it(queue: Queue) -> None:
+    """Ctrl+C typed there reaches the supervisor alone; the job finishes."""
+    enqueue(queue, "a", f"if (: < /dev/tty) 2> /dev/null; then echo tty; fi; {UNTIL_GO}")
+    command = [sys.executable, str(ROOT / "queuectl.py"), "worker", "start", "--count", "2"]
+    terminal = subprocess.Popen(
+        [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])", *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=queue.environment,
+        cwd=queue.folder,
+        start_new_session=True,
+    )
+    begun(queue)
+    eventually(lambda: len(queue.workers()) == 2)
+    terminal.stdin.write(b"\x03")
+    terminal.stdin.flush()
+    eventually(lambda: len(queue.workers()) == 1, "the idle worker has left")
+    go(queue)
+    terminal.wait(timeout=DEADLINE_S)
+    terminal.stdin.close()
+    assert (queue.job("a")["state"], queue.job("a")["stdout"]) == ("completed", "done\n")
+
+
+def test_one_run_needs_no_pool_and_its_result_waits_for_room(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue(queue, "a", "echo hello")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    db, run = claimed(queue, gone.pid)
+    finish, troubles, told = database.finish, [sqlite3.OperationalError("disk is full")], []
+
+    def finish_later(*arguments: object) -> tuple[str, float] | None:
+        if troubles:
+            raise troubles.pop()
+        return finish(*arguments)
+
+    monkeypatch.setattr(database, "finish", finish_later)
+    desk = worker.Desk(queue.path, run.worker)
+    say = lambda *words: told.append(words[2])  # noqa: E731
+    assert worker.run_one(db, run, desk, config.load(queue.config), say)[0] == "completed"
+    db.close()
+    assert told == ["started", "trouble", "completed"]
+    assert queue.job("a")["stdout"] == "hello\n"
+
+
+# --- output ----------------------------------------------------------------------------------
+
+
+def test_a_job_prints_more_than_is_kept(queue: Queue) -> None:
+    queue.configure(output_limit_bytes=100)
+    enqueue(queue, "a", "seq 1000; seq 2000 >&2")
+    enqueue(queue, "b", "printf %0100d 0")
+    queue.drain()
+    for stream, last in (("stdout", 1000), ("stderr", 2000)):
+        printed = "".join(f"{n}\n" for n in range(1, last + 1))
+        mark = f"[... {len(printed) - 100} bytes cut ...]\n"
+        assert queue.job("a")[stream] == mark + printed[-100:]
+    assert queue.job("b")["stdout"] == "0" * 100, "exactly the limit: nothing was cut"
+
+
+def test_a_job_floods_its_output_and_the_disk_is_not_filled(queue: Queue) -> None:
+    flood = "for n in 1 2 3 4; do head -c 50000000 /dev/zero; echo $n >> ledger; "
+    enqueue(queue, "a", flood + "until [ -e go$n ]; do sleep 0.02; done; done; echo the end")
+    enqueue(queue, "b", "echo mine")
+    supervisor = queue.start()
+    output, bound = Path(queue.path + ".run", "w1.out"), worker.OUTPUT_BOUND + 8192
+    for n in range(1, 5):
+        begun(queue, n)
+        assert output.stat().st_size == n * 50_000_000
+        eventually(lambda: output.stat().st_blocks * 512 <= bound, "the file is cut")
+        (queue.folder / f"go{n}").touch()
+    reaches(queue, "b", "completed")
+    assert queue.job("a")["stdout"].startswith(f"[... {200_000_008 - 8192} bytes cut ...]\n\0")
+    assert queue.job("a")["stdout"].endswith("\0the end\n")
+    assert queue.job("b")["stdout"] == "mine\n"
+    assert supervisor.poll() is None
+
+
+def test_a_job_leaves_children_behind_and_they_are_ended(queue: Queue) -> None:
+    enqueue(queue, "a", "trap '' TERM; (while :; do echo late; sleep 0.01; done) & echo early")
+    enqueue(queue, "b", "sleep 0.3; echo mine")
+    queue.start()
+    reaches(queue, "a", "completed")
+    reaches(queue, "b", "completed")
+    assert "early\n" in queue.job("a")["stdout"]
+    assert queue.job("b")["stdout"] == "mine\n"
+
+
+def test_a_program_leaves_its_session_on_purpose(queue: Queue) -> None:
+    leaves = (
+        "import os, time; os.setsid(); open('pid', 'w').write(f'{os.getpid()} '); time.sleep(60)"
+    )
+    enqueue(queue, "a", f'{sys.executable} -c "{leaves}" & until [ -s pid ]; do sleep 0.01; done')
+    queue.drain()
+    pid = int((queue.folder / "pid").read_text())
+    assert worker.process_birth(pid), "it was ended with the job"
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: worker.process_birth(pid) is None)
+
+
+# --- told to leave ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_supervisor_is_told_to_leave_and_finishes_the_running_job(
+    queue: Queue, number: signal.Signals
+) -> None:
+    queue.configure(poll_interval_ms=60_000)  # no poll: the signal itself ends an idle sleep
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    enqueue(queue, "running", UNTIL_GO)
+    supervisor = queue.start(count=2)
+    signal.signal(signal.SIGHUP, before)
+    begun(queue)
+    supervisor.send_signal(number)
+    eventually(lambda: len(queue.workers()) == 1, "the idle worker has left")
+    enqueue(queue, "waiting", "true")
+    go(queue)
+    assert supervisor.wait(timeout=DEADLINE_S) == 0
+    assert queue.job("running")["stdout"] == "done\n"
+    assert (queue.state("running"), queue.state("waiting")) == ("completed", "pending")
+
+
+def test_a_terminal_is_closed_over_nohup(queue: Queue) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    supervisor = queue.start()
+    signal.signal(signal.SIGHUP, before)
+    supervisor.send_signal(signal.SIGHUP)
+    enqueue(queue, "a", "kill -HUP $$; echo still here")
+    reaches(queue, "a", "completed")
+    assert supervisor.poll() is None
+
+
+def test_ctrl_c_twice_puts_the_job_back_and_the_run_is_not_counted(queue: Queue) -> None:
+    command = (
+        "[ -e go ] && exit; echo $QUEUECTL_ATTEMPT >> ledger; [ $QUEUECTL_ATTEMPT = 2 ] || exit 1"
+    )
+    enqueue(queue, "a", command + "; sleep 60 & sleep 60", max_retries=1)
+    supervisor = queue.start(count=2)
+    begun(queue, 2)
+    supervisor.send_signal(signal.SIGINT)
+    eventually(lambda: len(queue.workers()) == 1, "the idle worker has left")
+    supervisor.send_signal(signal.SIGINT)
+    assert supervisor.wait(timeout=DEADLINE_S) == 0
+    assert [worker.session_members(session) for session in queue.sessions] == [[], []]
+    assert [outcome for outcome, _ in runs(queue, "a")] == ["failed", "stopped"]
+    assert (queue.state("a"), queue.job("a")["attempts"]) == ("failed", 1)
+    go(queue)
+    queue.drain()
+    assert (queue.state("a"), queue.job("a")["attempts"]) == ("completed", 2)
+
+
+def test_ctrl_c_three_times_spares_the_grace(queue: Queue) -> None:
+    queue.configure(kill_grace_s=3600)
+    enqueue(
+        queue, "a", "trap 'echo asked >> ledger' TERM; echo >> ledger; while :; do sleep 1; done"
+    )
+    supervisor = queue.start(count=2)
+    reaches(queue, "a", "processing")
+    supervisor.send_signal(signal.SIGINT)
+    eventually(lambda: len(queue.workers()) == 1, "the idle worker has left")
+    supervisor.send_signal(signal.SIGINT)
+    begun(queue)
+    supervisor.send_signal(signal.SIGINT)
+    assert supervisor.wait(timeout=DEADLINE_S) == 0
+    assert (queue.state("a"), queue.job("a")["attempts"]) == ("pending", 0)
+    assert queue.job("a")["exit_code"] == -signal.SIGKILL
+
+
+def test_workers_are_stopped_from_another_terminal(queue: Queue) -> None:
+    enqueue(queue, "a", UNTIL_GO)
+    supervisor = queue.start(count=2)
+    begun(queue)
+    pids = {supervisor.pid} | {row["pid"] for row in queue.workers() if row["job"]}
+    late = queue.run("worker", "stop", "--timeout", "1s", check=1)
+    assert late.stderr.startswith("Error: still there after 1.0 s: pid ")
+    assert all(str(pid) in late.stderr for pid in pids), late.stderr
+    go(queue)
+    assert queue.run("worker", "stop", check=0).stdout in ("0 workers left\n", "1 worker left\n")
+    assert supervisor.wait(timeout=DEADLINE_S) == 0
+    assert queue.job("a")["stdout"] == "done\n"
+
+
+def test_all_workers_of_all_supervisors_are_stopped_at_once(queue: Queue) -> None:
+    enqueue(queue, "a", UNTIL_GO)
+    supervisors = [queue.start(), queue.start(count=2)]
+    begun(queue)
+    assert queue.run("worker", "stop", "--now", check=0).stdout.endswith("3 workers left\n")
+    assert [each.wait(timeout=DEADLINE_S) for each in supervisors] == [0, 0]
+    assert (queue.state("a"), queue.job("a")["attempts"]) == ("pending", 0)
+    # One put back by the first supervisor may be taken up by the second before it hears of it.
+    assert set(runs(queue, "a")) == {("stopped", "stopped with its worker; not counted")}
+    assert queue.run("worker", "stop", check=0).stdout == "0 workers left\n"
+
+
+def test_a_queue_is_drained_to_the_last_retry(queue: Queue) -> None:
+    enqueue(queue, "later", "true", run_at=time.time() + 0.7)
+    enqueue(queue, "again", "exit $((QUEUECTL_ATTEMPT < 3))")
+    assert "supervisor" in queue.drain(count=2)
+    assert queue.states()["completed"] == queue.states()["total"] == 2
+    assert "left" in queue.drain(), "nothing to do: it leaves at once"
+
+
+def test_workers_go_to_the_background(queue: Queue) -> None:
+    told = queue.run("worker", "start", "--detach", "--count", "2", check=0).stdout
+    rows = queue.workers()
+    log = queue.path + ".run/workers.log"
+    pid = rows[0]["supervisor_pid"]
+    assert told == f"2 workers in the background, supervisor pid {pid}, log {log}\n"
+    assert len(rows) == 2 and os.getsid(pid) == pid
+    enqueue(queue, "a", "true")
+    reaches(queue, "a", "completed")
+    assert queue.run("worker", "stop", check=0).stdout == "2 workers left\n"
+    assert "completed  a" in Path(log).read_text()
+    eventually(lambda: worker.process_birth(pid) is None)
+
+
+# --- killed ----------------------------------------------------------------------------------
+
+
+def test_a_worker_alone_is_asked_to_leave_and_is_replaced(queue: Queue) -> None:
+    enqueue(queue, "a", UNTIL_GO)
+    queue.start()
+    begun(queue)
+    os.kill(queue.workers()[0]["pid"], signal.SIGTERM)
+    go(queue)
+    eventually(lambda: [row["worker"] for row in queue.workers()] == ["w2"])
+    assert runs(queue, "a") == [("completed", None)]
+
+
+def test_a_worker_is_killed_in_mid_job(queue: Queue) -> None:
+    enqueue(queue, "a", STUBBORN)
+    queue.start()
+    begun(queue)
+    os.kill(queue.workers()[0]["pid"], signal.SIGKILL)
+    sees_out_the_second_run(queue, "a")
+    assert [row["worker"] for row in queue.workers()] == ["w2"]
+    assert runs(queue, "a") == [
+        ("failed", "worker lost: killed by SIGKILL"),
+        ("completed", None),
+    ]
+
+
+@pytest.mark.parametrize("command", ["kill -9 $PPID; sleep 60", "kill -9 0"])
+def test_a_job_kills_its_worker_each_time(queue: Queue, command: str) -> None:
+    enqueue(queue, "murder", command, max_retries=2, priority=1)
+    for n in range(5):
+        enqueue(queue, f"job{n}", "true")
+    queue.start("--drain", count=2).wait(timeout=DEADLINE_S)
+    assert (queue.states()["completed"], queue.state("murder")) == (5, "dead")
+    assert runs(queue, "murder") == [("failed", "worker lost: killed by SIGKILL")] * 3
+
+
+def test_a_supervisor_is_killed_and_its_workers_finish_their_jobs(queue: Queue) -> None:
+    queue.configure(poll_interval_ms=60_000)
+    enqueue(queue, "a", UNTIL_GO)
+    supervisor = queue.start(count=2)
+    begun(queue)
+    supervisor.kill()
+    supervisor.wait()
+    eventually(lambda: len(queue.workers()) == 1, "the idle worker has left")
+    enqueue(queue, "waiting", "true")
+    go(queue)
+    reaches(queue, "a", "completed")
+    eventually(lambda: queue.workers() == [], "the other one has left")
+    assert queue.state("waiting") == "pending"
+
+
+@pytest.mark.parametrize("how", ["stop", "cancel"])
+def test_a_supervisor_is_killed_and_another_terminal_ends_its_job(queue: Queue, how: str) -> None:
+    enqueue(queue, "a", STUBBORN)
+    supervisor = queue.start()
+    begun(queue)
+    supervisor.kill()
+    supervisor.wait()
+    queue.run(*{"stop": ("worker", "stop", "--now"), "cancel": ("cancel", "a")}[how], check=0)
+    assert queue.state("a") == {"stop": "pending", "cancel": "cancelled"}[how]
+    assert [worker.session_members(session) for session in queue.sessions] == [[]]
+
+
+@pytest.mark.parametrize("rescuer", ["afterwards", "meanwhile"])
+def test_supervisor_and_workers_are_killed_and_the_run_lives_on(queue: Queue, rescuer: str) -> None:
+    """It is fenced, by a supervisor that starts then or by one that was there, and runs again."""
+    enqueue(queue, "a", STUBBORN)
+    supervisor = queue.start()
+    begun(queue)
+    if rescuer == "meanwhile":
+        queue.start()
+    supervisor.kill()
+    for row in queue.workers():
+        if row["supervisor_pid"] == supervisor.pid:
+            os.kill(row["pid"], signal.SIGKILL)
+    supervisor.wait()
+    so_far = len(ledger(queue))
+    begun(queue, so_far + 3)  # the run lives on
+    if rescuer == "afterwards":
+        queue.start(ready=False)
+    sees_out_the_second_run(queue, "a")
+    assert runs(queue, "a") == [("failed", "worker lost"), ("completed", None)]
+
+
+def test_a_supervisor_and_its_worker_fall_silent_and_wake_up_too_late(queue: Queue) -> None:
+    queue.configure(lock_timeout_s=2, kill_grace_s=0.3, backoff_base=0.05, backoff_jitter=0)
+    enqueue(queue, "a", STUBBORN)
+    old = queue.start()
+    begun(queue)
+    lost = queue.workers()[0]
+    for pid in (old.pid, lost["pid"]):
+        os.kill(pid, signal.SIGSTOP)
+    new = queue.start()
+    eventually(lambda: "2" in ledger(queue), "it was fenced and runs again")
+    os.kill(old.pid, signal.SIGCONT)
+    eventually(
+        lambda: any(
+            row["supervisor_pid"] == old.pid and row["pid"] != lost["pid"]
+            for row in queue.workers()
+        ),
+        "the old supervisor has replaced its worker",
+    )
+    sees_out_the_second_run(queue, "a")
+    (first, error), second = runs(queue, "a")
+    assert (first, second) == ("failed", ("completed", None))
+    assert error.startswith("worker lost: silent for 2.")
+    new.send_signal(signal.SIGTERM)
+    new.wait(timeout=DEADLINE_S)
+    enqueue(queue, "b", "true")
+    reaches(queue, "b", "completed")
+    assert old.poll() is None
+
+
+# --- who is lost, and who is somebody else ---------------------------------------------------
+
+
+@pytest.mark.parametrize("boot, birth", [("an earlier boot", None), ("", "an earlier time")])
+def test_a_lost_workers_pid_now_belongs_to_somebody_else(
+    queue: Queue, bystander: subprocess.Popen, boot: str, birth: str | None
+) -> None:
+    enqueue(queue, "a", "true")
+    birth = birth or worker.process_birth(bystander.pid)
+    claimed(queue, bystander.pid, birth, boot=boot)[0].close()
+    queue.drain()
+    assert runs(queue, "a") == [("failed", "worker lost"), ("completed", None)]
+    assert bystander.poll() is None
+
+
+@pytest.mark.parametrize("host, state", [(HOST, "failed"), ("elsewhere", "processing")])
+def test_a_silent_worker_is_fenced_unless_it_is_on_another_host(
+    queue: Queue, bystander: subprocess.Popen, host: str, state: str
+) -> None:
+    enqueue(queue, "a", "true")
+    db, _ = claimed(queue, bystander.pid, worker.process_birth(bystander.pid), host)
+    looks = settler(queue)[0]
+    looks.tick(db, time.time(), 0)
+    looks.tick(db, time.time(), 1e6)  # a machine that slept holds nobody's silence against him
+    assert (queue.state("a"), bystander.poll()) == ("processing", None)
+    for mono in range(40):
+        looks.tick(db, time.time(), 1e6 + mono)
+    eventually(lambda: looks.tick(db, time.time(), 2e6) or queue.state("a") == state)
+    db.close()
+    assert bystander.poll() == (-signal.SIGKILL if host == HOST else None)
+
+
+def test_a_worker_is_ended_by_its_own_supervisor_and_others_look_on(
+    queue: Queue, bystander: subprocess.Popen
+) -> None:
+    """Only the supervisor knows why (timeout, cancel, Ctrl+C); others would call it lost."""
+    enqueue(queue, "a", "true")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    db, _ = claimed(queue, gone.pid, owner=bystander.pid)
+    looks, told = settler(queue)
+    for mono in range(3):
+        looks.tick(db, time.time(), mono)
+    assert (queue.state("a"), told) == ("processing", [])
+    bystander.kill()
+    bystander.wait()
+    looks.tick(db, time.time(), 4)
+    db.close()
+    assert (queue.state("a"), told) == ("failed", ["failed"])
+
+
+def test_a_worker_records_a_run_that_was_taken_from_it(queue: Queue) -> None:
+    queue.configure(backoff_base=0, backoff_jitter=0)
+    enqueue(queue, "a", "true")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    db, first = claimed(queue, gone.pid)
+    looks, told = settler(queue)
+    looks.tick(db, time.time(), 0)
+    second = claimed(queue, gone.pid)
+    second[0].close()
+    done = database.Result("completed", 0)
+    assert worker.record(db, first, done, looks.settings, looks.say, gone.pid) is None
+    db.close()
+    assert told == ["failed", "ignored"]
+    assert (second[1].attempt, queue.state("a")) == (2, "processing")
+
+
+def test_a_process_may_not_be_signalled_and_is_waited_for(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue(queue, "a", "true")
+    command = ["sh", "-c", "sleep 300 & echo $!"]  # the leader ends; its session lives
+    leader = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    child = int(leader.stdout.readline())
+    leader.wait()
+    leader.stdout.close()
+    db, _ = claimed(queue, leader.pid)
+    looks, told = settler(queue)
+    with monkeypatch.context() as patched:
+        patched.setattr(worker, "send", lambda *_: False)
+        for mono in range(5):
+            looks.tick(db, time.time(), mono)
+    assert (queue.state("a"), told) == ("processing", ["waits"])
+    looks.tick(db, time.time(), 6)
+    eventually(lambda: worker.process_birth(child) is None)
+    looks.tick(db, time.time(), 7)
+    db.close()
+    assert queue.state("a") == "failed"
+
+
+def test_a_timeout_comes_as_the_worker_goes_on_to_the_next_job(queue: Queue) -> None:
+    enqueue(queue, "next", "true")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    db, run = claimed(queue, gone.pid)
+    looks = settler(queue)[0]
+    row = database.workers(db)[0]
+    ending = worker.Ending(row, "failed", "timed out", run.id - 1, kill_at=0)
+    looks.endings[run.worker] = ending
+    looks.settle(db, ending)
+    db.close()
+    assert (queue.state("next"), queue.job("next")["attempts"]) == ("pending", 0)
+
+
+# --- timeout and cancel ----------------------------------------------------------------------
+
+
+def test_a_run_takes_too_long_and_ends_with_all_that_it_started(queue: Queue) -> None:
+    for id, (command, _) in TREES.items():
+        enqueue(queue, id, f"echo before; {command}", timeout=0.5, max_retries=0)
+    queue.start(count=len(TREES))
+    sessions = set(queue.sessions)
+    eventually(lambda: queue.states()["dead"] == len(TREES), "all have timed out")
+    assert [worker.session_members(session) for session in sessions] == [[]] * len(TREES)
+    for id, (_, code) in TREES.items():
+        job = queue.job(id)
+        assert (job["exit_code"], job["last_error"]) == (code, "timed out after 0.5 s"), id
+        assert job["stdout"] == "before\n"
+
+
+def test_a_run_is_cancelled_with_all_that_it_started_and_never_runs_again(queue: Queue) -> None:
+    for id, (command, _) in TREES.items():
+        enqueue(queue, id, f"echo >> begun; {command}")
+    queue.start(count=len(TREES))
+    sessions = set(queue.sessions)
+    lines = queue.folder / "begun"
+    eventually(lambda: lines.exists() and len(lines.read_text()) == len(TREES), "all run")
+    told = queue.run("cancel", *TREES, check=0).stdout
+    assert told == "".join(f"{id} cancelled\n" for id in TREES)
+    assert [worker.session_members(session) for session in sessions] == [[]] * len(TREES)
+    queue.drain()
+    for id, (_, code) in TREES.items():
+        job = queue.job(id)
+        assert (job["state"], job["attempts"], job["exit_code"]) == ("cancelled", 1, code), id
+        assert runs(queue, id) == [("cancelled", "cancelled")]
+    assert len(lines.read_text()) == len(TREES)
+
+
+def test_a_command_looks_twice_and_loses_no_lock(queue: Queue) -> None:
+    """`cancel` holds a connection and opens another for each look.
+
+    To open and close a file drops all locks that a process holds on it. Then a worker that leaves
+    takes the log (-wal) away under the first connection, and what it writes is lost.
+    """
+    db = database.connect(queue.path)
+    database.connect(queue.path).close()
+    queue.drain()
+    id = database.register_supervisor(db, "elsewhere", "", 1, "", 0)
+    other = sqlite3.connect(queue.path)
+    assert other.execute("SELECT count(*) FROM supervisors").fetchone() == (1,)
+    other.close()
+    database.remove_supervisor(db, id)
+    db.close()
+
+
+def test_a_supervisor_does_not_spin_while_a_deaf_job_has_its_grace(queue: Queue) -> None:
+    queue.configure(kill_grace_s=2)
+    enqueue(queue, "a", STUBBORN, timeout=0.2, max_retries=0)
+    supervisor = queue.start()
+    eventually(lambda: queue.workers() == [], "the worker has been ended, its job not yet")
+    before = cpu_s(supervisor.pid)
+    time.sleep(1)  # what is measured is a second of waiting
+    assert cpu_s(supervisor.pid) - before < 0.3
+    reaches(queue, "a", "dead")
+
+
+# --- the doorbell ----------------------------------------------------------------------------
+
+
+def test_work_arrives_and_wakes_sleeping_workers(queue: Queue) -> None:
+    """Each job waits for the other: both end only if two workers were woken, long before a poll."""
+    queue.configure(poll_interval_ms=60_000)
+    queue.start(count=2)
+    meet = "touch {0}; until [ -e {1} ]; do sleep 0.02; done"
+    jobs = "\n".join(meet.format(*pair) for pair in ("ab", "ba"))
+    queue.run("enqueue", "--file", "-", "--lines", stdin=jobs, check=0)
+    eventually(lambda: queue.states()["completed"] == 2, "both have run")
+    # Two more, and a ring was lost: the worker that takes one rings for the other.
+    for pair in ("cd", "dc"):
+        db, now = database.connect(queue.path), time.time()
+        job = {"command": meet.format(*pair), "cwd": str(queue.folder)}
+        row = config.check_job(job, config.load(queue.config), now, "/")[0]
+        database.enqueue(db, [(1, row)], now)
+        db.close()
+    worker.ring(queue.path)
+    eventually(lambda: queue.states()["completed"] == 4, "both have run")
+
+
+def test_a_bell_is_full_of_stale_rings_and_no_worker_spins(queue: Queue) -> None:
+    queue.configure(poll_interval_ms=60_000)
+    enqueue(queue, "a", UNTIL_GO)
+    queue.start()
+    begun(queue)
+    pid = queue.workers()[0]["pid"]
+    for _ in range(200):
+        worker.ring(queue.path, 512)  # more than a pipe holds: nobody may be held up by that
+    before = cpu_s(pid)
+    go(queue)
+    reaches(queue, "a", "completed")
+    for _ in range(3):
+        worker.ring(queue.path, 100)
+    time.sleep(1)  # what is measured is a second of sleep
+    assert cpu_s(pid) - before < 0.2
+
+
+def cpu_s(pid: int) -> float:
+    """Return the seconds that a process itself has computed."""
+    user, system = worker.process_status(pid)[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_job_of_a_later_time_and_a_retry_wake_a_sleeping_worker(queue: Queue) -> None:
+    queue.configure(poll_interval_ms=60_000, backoff_base=0.3, backoff_jitter=0)
+    queue.start()
+    enqueue(queue, "later", "true", run_at=time.time() + 0.5)
+    reaches(queue, "later", "completed")
+    enqueue(queue, "again", "exit $((QUEUECTL_ATTEMPT < 2))")
+    reaches(queue, "again", "completed")
+    for id in ("later", "again"):
+        assert queue.job(id)["started_at"] >= queue.job(id)["run_at"]
+
+
+# --- files that others could write, or have planted ------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, mode",
+    [
+        ("queue.db", 0o620),
+        ("queue.db", 0o602),
+        ("queue.db.run", 0o770),
+        ("queue.db.run", 0o707),
+        ("", 0o777),
+    ],
+)
+def test_others_could_write_commands_into_the_queue(queue: Queue, name: str, mode: int) -> None:
+    worker.ring(queue.path)
+    queue.drain()
+    place = str(queue.folder / name)
+    os.chmod(place, mode)
+    for words in ([], ["--detach"]):
+        refused = queue.run("worker", "start", *words, check=1)
+        assert refused.stderr == f"Error: others can write {place}; chmod go-w {place}\n"
+    subprocess.run(["chmod", "go-w", place], check=True)
+    queue.drain()
+
+
+def test_a_queue_lies_in_a_sticky_directory_like_tmp(queue: Queue) -> None:
+    queue.folder.chmod(0o1777)
+    queue.drain()
+
+
+def test_the_run_directory_is_a_link_to_somewhere_else(queue: Queue) -> None:
+    elsewhere, run = queue.folder / "elsewhere", Path(queue.path + ".run")
+    elsewhere.mkdir(0o700)
+    run.symlink_to(elsewhere)
+    refused = queue.run("worker", "start", "--drain", check=1)
+    assert refused.stderr == f"Error: {run} is not a directory; remove it\n"
+    assert list(elsewhere.iterdir()) == []
+    run.unlink()
+    queue.drain()
+
+
+@pytest.mark.parametrize("link, output", [(os.symlink, "w1.out"), (os.link, "w1.err")])
+def test_a_link_was_planted_where_a_worker_will_write(
+    queue: Queue, link: Callable[[Path, Path], None], output: str
+) -> None:
+    victim, run = queue.folder / "victim", Path(queue.path + ".run")
+    victim.write_text("precious")
+    run.mkdir(0o700)
+    link(victim, run / output)
+    enqueue(queue, "a", "echo out; echo err >&2")
+    supervisor = queue.start(ready=False)
+    reaches(queue, "a", "completed")
+    assert victim.read_text() == "precious"
+    assert queue.job("a")["stdout"] == "out\n"
+    assert supervisor.poll() is None
+
+
+def test_the_run_directory_is_removed_while_nobody_works(queue: Queue) -> None:
+    queue.drain()
+    shutil.rmtree(queue.path + ".run")
+    enqueue(queue, "a", "echo hello")
+    queue.drain()
+    assert queue.job("a")["stdout"] == "hello\n"
+
+
+# --- many ------------------------------------------------------------------------------------
+
+
+def test_eight_workers_of_two_supervisors_run_each_of_200_jobs_once(queue: Queue) -> None:
+    jobs = "echo $QUEUECTL_JOB_ID >> ledger\n" * 200
+    queue.run("enqueue", "--file", "-", "--lines", stdin=jobs, check=0)
+    supervisors = [queue.start("--drain", count=4, ready=False) for _ in range(2)]
+    assert [each.wait(timeout=DEADLINE_S * 2) for each in supervisors] == [0, 0]
+    assert queue.states()["completed"] == 200
+    assert len(ledger(queue)) == len(set(ledger(queue))) == 200
+    assert {job["attempts"] for job in queue.json("list")} == {1}
