@@ -1,0 +1,103 @@
+"""The documents say what is: what they name exists, and the transcript is what is printed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from conftest import ROOT
+
+import config
+import database
+import queuectl
+import worker
+
+README = (ROOT / "README.md").read_text()
+DESIGN = (ROOT / "design.md").read_text()
+COMMANDS = {
+    " ".join((*before, name)): command
+    for before, group in [
+        ((), queuectl.cli),
+        (("worker",), queuectl.worker),
+        (("dlq",), queuectl.dlq),
+    ]
+    for name, command in group.commands.items()
+}
+GROUPS = ("worker", "dlq")
+
+
+def options(command) -> set[str]:
+    return {word for parameter in command.params for word in parameter.opts if word[0] == "-"}
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in GROUPS])
+def test_every_command_and_option_is_in_the_readme(name):
+    rows = [row for row in README.splitlines() if row.startswith("|") and f"`{name}" in row]
+    assert rows, f"no row for {name}"
+    for option in options(COMMANDS[name]) - {"--json", "--cwd", "--id", "--help"}:
+        assert any(option in row for row in rows) or option == "--limit", (name, option)
+    knows_json = "--json" in options(COMMANDS[name])
+    assert any("* |" in row for row in rows) == knows_json, name
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_says_what_it_does(name):
+    text = COMMANDS[name].help
+    assert text and text[0].isupper() and text.splitlines()[0].strip().endswith((".", ";", ","))
+
+
+def test_every_option_in_the_readme_exists():
+    known = {word for command in COMMANDS.values() for word in options(command)}
+    known |= options(queuectl.cli) | {"--help"}
+    text = re.sub(r"^python3 -m venv .*$|^.*pip install.*$", "", README, flags=re.MULTILINE)
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
+
+
+def test_every_setting_is_in_the_readme_with_its_default_and_range():
+    section = README.partition("## Settings")[2].partition("\n## ")[0]
+    for key, setting in config.SETTINGS.items():
+        row = next(row for row in section.splitlines() if row.startswith(f"| `{key}`"))
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert float(cells[1]) == setting.default, key
+        assert cells[2].startswith(f"{setting.low:g} to"), key
+
+
+def test_every_function_and_table_in_design_md_exists():
+    for name in re.findall(r"`(?:Supervisor\.)?([a-z_]+)`", DESIGN):
+        places = (database, worker, worker.Supervisor, config)
+        sql = " ".join(database.SCHEMA) + " ".join(database.STATES)
+        words = {"bell", "set", "setsid", "rowcount", "synchronous", "timeout", "rsync", "enqueue"}
+        known = any(hasattr(place, name) for place in places) or name in sql or name in words
+        assert known or name in config.SETTINGS, name
+
+
+@pytest.mark.parametrize("state", database.STATES)
+def test_every_state_is_explained(state):
+    assert f"`{state}`" in README and state in DESIGN
+
+
+def test_the_files_that_the_documents_name_are_there():
+    for name in set(re.findall(r"`([a-z_]+\.(?:py|md|json|txt))`", README + DESIGN)):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_transcript_has_the_shape_of_what_is_printed(queue):
+    """The README's first command, less the installation, prints what the README shows."""
+    line = next(line for line in README.splitlines() if line.startswith("python3 -m venv"))
+    job = line.partition("-qr requirements.txt && ")[2].replace("python3 queuectl.py", "$q")
+    shown = README.partition("What the first one prints:\n\n```\n")[2].partition("\n```")[0]
+    import subprocess
+    import sys
+
+    queue.configure()
+    script = f'q() {{ {sys.executable} {ROOT}/queuectl.py "$@"; }}\n{job.replace("$q", "q")}'
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env=queue.environment, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+    def shape(text: str) -> list[str]:
+        text = re.sub(r"\d\d:\d\d:\d\d|pid \d+ +| on \S+;|\bw\d\b|\d+\.\d+", "#", text)
+        return sorted(re.sub(r" +", " ", text).splitlines())
+
+    assert shape(done.stdout) == shape(shown)
