@@ -65,6 +65,7 @@ class Supervisor:
         self.children: dict[int, Any] = {}  # pid: multiprocessing.Process
         self.endings: dict[str, Ending] = {}  # by the worker's name
         self.silences: dict[int, tuple[float, float]] = {}  # supervisor: (heartbeat, silent for)
+        self.stopped_at: dict[int, float] = {}  # pid: since when it was seen stopped
         self.stopping = 0  # 1: finish the running jobs and leave; 2: put them back now
         self.busy = False
         self.looked_at = self.beat_at = self.spawn_at = 0.0
@@ -115,7 +116,9 @@ class Supervisor:
         """Replace the workers that are gone or, stopping, tell them all to leave."""
         if self.stopping:
             for pid in self.children:
-                os.kill(pid, signal.SIGTERM)  # not reaped yet, so this pid is still the child's
+                # Not reaped yet, so this pid is still the child's.
+                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGCONT)  # a stopped one would never hear it
         while not self.stopping and len(self.children) < self.count:
             if time.monotonic() < self.spawn_at:
                 return
@@ -189,7 +192,7 @@ class Supervisor:
         """Say why this worker's session is to be ended: (outcome, error, run), or None."""
         child = self.children.get(row["pid"]) if mine else None
         alive = child.exitcode is None if child else is_alive(row, self.boot)
-        silent = 0.0 if mine else self.silences[row["supervisor"]][1]
+        silent = self.stopped_for(row["pid"], mono) if mine else self.silences[row["supervisor"]][1]
         heard = silent <= self.settings["lock_timeout_s"]
         if not mine and heard and is_alive(row, self.boot, "supervisor_"):
             return None  # its supervisor's to judge: it alone knows why it ended this worker
@@ -206,6 +209,13 @@ class Supervisor:
         if row["run"] and 0 < row["timeout_s"] < mono - row["started_mono"]:
             return "failed", f"timed out after {duration_text(row['timeout_s'])}", row["run"]
         return None
+
+    def stopped_for(self, pid: int, mono: float) -> float:
+        """Return for how many seconds a worker of ours has been stopped (SIGSTOP)."""
+        if not is_stopped(pid):
+            self.stopped_at.pop(pid, None)
+            return 0.0
+        return mono - self.stopped_at.setdefault(pid, mono)
 
     def emptied(self, ending: Ending, mono: float) -> bool:
         """Push a session towards its end; say whether no process of it is left: the fence."""
@@ -656,6 +666,12 @@ def process_birth(pid: int) -> str | None:
         return status[19] if status else None
     state, _, birth = ask("ps", "-o", "stat=,lstart=", "-p", str(pid)).partition(" ")
     return birth.strip() if state and not state.startswith("Z") else None
+
+
+def is_stopped(pid: int) -> bool:
+    if sys.platform == "linux":
+        return (process_status(pid) or ["?"])[0] in "Tt"
+    return ask("ps", "-o", "stat=", "-p", str(pid)).startswith("T")
 
 
 def session_members(session: int) -> list[int]:
