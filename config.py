@@ -73,24 +73,29 @@ def load(path: str) -> dict[str, float]:
 
     Raises BadFile if the file is no JSON object or one of its keys or values is not allowed.
     """
-    settings = {key: setting.default for key, setting in SETTINGS.items()}
+    return {key: setting.default for key, setting in SETTINGS.items()} | stored(path)
+
+
+def stored(path: str) -> dict[str, float]:
+    """Return what the settings file says, under the one spelling of each key."""
     try:
         with open(path, encoding="utf-8") as file:
-            stored = parse_json(file.read())
-        if not isinstance(stored, dict):
-            raise BadInput(f"must be a JSON object, not {json_kind(stored)}")
-        names = [setting_name(key) for key in stored]
-        for name, value in zip(names, stored.values()):
-            if names.count(name) > 1:
+            found = parse_json(file.read())
+        if not isinstance(found, dict):
+            raise BadInput(f"must be a JSON object, not {json_kind(found)}")
+        settings = {}
+        for key, value in found.items():
+            name = setting_name(key)
+            if name in settings:
                 raise BadInput(f'"{name}" is given twice, in two spellings')
             settings[name] = check_number(name, value, SETTINGS[name])
+        return settings
     except FileNotFoundError:
-        pass
+        return {}
     except (BadInput, UnicodeDecodeError) as error:
         raise BadFile(f"{path}: {error}; mend or remove the file") from None
     except OSError as error:
         raise BadFile(f"{path}: {error.strerror}") from None
-    return settings
 
 
 def store(path: str, key: str, text: str) -> dict[str, float]:
@@ -104,19 +109,22 @@ def store(path: str, key: str, text: str) -> dict[str, float]:
 
     name = setting_name(key)
     value = check_number(name, parse_number(text), SETTINGS[name])
+    path = os.path.realpath(path)  # the file itself, not a link to it, is replaced
     try:
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
         try:
             # Locked, so that of two `config set` at once neither undoes the other.
             fcntl.flock(folder, fcntl.LOCK_EX)
-            settings = load(path) | {name: value}
-            # mkstemp makes it 0600; synced before the rename, else a power cut may leave it empty.
-            handle, new = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)))
+            settings = stored(path) | {name: value}
+            # Private at birth; synced before the rename, else a power cut may leave it empty.
+            handle, new = tempfile.mkstemp(dir=os.path.dirname(path))
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    if os.path.exists(path):
+                        os.fchmod(handle, os.stat(path).st_mode & 0o777)
                     file.write(json.dumps(settings, indent=2) + "\n")
                     file.flush()
-                    os.fsync(file.fileno())
+                    os.fsync(handle)
                 os.replace(new, path)
             except BaseException:
                 os.unlink(new)
@@ -140,9 +148,7 @@ def setting_name(key: str) -> str:
 # --- one job ---------------------------------------------------------------------------------
 
 
-def check_job(
-    given: Any, settings: dict[str, float], now: float, cwd: str
-) -> tuple[dict[str, Any], list[str]]:
+def check_job(given: Any, settings: dict[str, float], cwd: str) -> tuple[dict[str, Any], list[str]]:
     """Turn what a user wrote into the row that database.enqueue takes; say what was ignored.
 
     `given` is parsed JSON; `settings` fill in what it leaves out: they are copied into the job
@@ -155,7 +161,7 @@ def check_job(
         "id": None,
         "command": None,
         "priority": 0,
-        "run_at": now,
+        "run_at": None,
         "max_retries": settings["max_retries"],
         "backoff_base": settings["backoff_base"],
         "timeout_s": settings["job_timeout_s"],
@@ -224,6 +230,8 @@ def check_number(name: str, value: Any, setting: Setting) -> float:
 
 def check_time(name: str, value: Any) -> float:
     """Return Unix seconds from Unix seconds or an ISO 8601 date; no offset means UTC."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{9,}([.][0-9]+)?", value):
+        value = float(value)  # fewer digits are rather a date: 20300131
     if type(value) in (int, float):
         if not 0 <= value <= LAST_TIME:
             raise BadInput(f'"{name}" {value!s:.40} is no time in Unix seconds')

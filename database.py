@@ -237,21 +237,35 @@ def enqueue(
 ) -> tuple[int, int]:
     """Add jobs, all or none, and return the seq of the first and of the last.
 
-    `jobs` are (line, row from config.check_job); what reading them raises passes through. They are
-    gathered in a temporary table first, so that a slow producer never holds the queue's lock.
-    Raises QueueError if an id is in use, naming the line.
+    `jobs` are (line, row from config.check_job). Raises QueueError if an id is in use, naming the
+    line. A row without `run_at` is due at once.
     """
-    names = "id, command, priority, run_at, max_retries, backoff_base, timeout_s, cwd"
+    gather(db, jobs)
+    return take_in(db, now)
+
+
+INPUT = "id, command, priority, run_at, max_retries, backoff_base, timeout_s, cwd"
+
+
+def gather(db: sqlite3.Connection, jobs: Iterable[tuple[int, dict[str, Any]]]) -> None:
+    """Read jobs into a temporary table, so that a slow producer never holds the queue's lock.
+
+    What reading them raises passes through; nothing has been enqueued then.
+    """
     db.execute("DROP TABLE IF EXISTS temp.incoming")
     db.execute(
-        f"CREATE TEMP TABLE incoming (number INTEGER PRIMARY KEY, line, {names}, UNIQUE (id))"
+        f"CREATE TEMP TABLE incoming (number INTEGER PRIMARY KEY, line, {INPUT}, UNIQUE (id))"
     )
-    gather = f"INSERT INTO incoming (line, {names}) VALUES (:line, :{names.replace(', ', ', :')})"
+    gather = f"INSERT INTO incoming (line, {INPUT}) VALUES (:line, :{INPUT.replace(', ', ', :')})"
     for line, job in jobs:
         try:
             db.execute(gather, job | {"line": line})
         except sqlite3.IntegrityError:
             raise QueueError(f'line {line}: the id "{job["id"]}" is used twice') from None
+
+
+def take_in(db: sqlite3.Connection, now: float) -> tuple[int, int]:
+    """Move what was gathered into the queue, and return the seq of the first and of the last."""
     with transaction(db):
         count = db.execute("SELECT count(*) FROM incoming").fetchone()[0]
         for line, job_id in db.execute("SELECT line, id FROM incoming JOIN jobs USING (id)"):
@@ -272,9 +286,10 @@ def enqueue(
             last += passed
         db.execute(
             f"""
-            INSERT INTO jobs (seq, {names}, state, due, created_at, updated_at)
-            SELECT :last + number, coalesce(id, {made_up}){names[2:]},
-                   'pending', run_at <= :now, :now, :now
+            INSERT INTO jobs (seq, {INPUT}, state, due, created_at, updated_at)
+            SELECT :last + number, coalesce(id, {made_up}), command, priority,
+                   coalesce(run_at, :now), max_retries, backoff_base, timeout_s, cwd,
+                   'pending', coalesce(run_at, :now) <= :now, :now, :now
             FROM incoming ORDER BY number""",
             {"last": last, "now": now},
         )
@@ -512,9 +527,11 @@ def beat(db: sqlite3.Connection, supervisor: int, now: float) -> None:
     db.execute("UPDATE supervisors SET heartbeat_at = ? WHERE id = ?", (now, supervisor))
 
 
-def ask_to_stop(db: sqlite3.Connection, how: int) -> None:
-    """Ask every supervisor to leave: 1 finishes the running jobs, 2 puts them back."""
-    db.execute("UPDATE supervisors SET stop = max(stop, ?)", (how,))
+def ask_to_stop(db: sqlite3.Connection, how: int) -> set[int]:
+    """Ask every supervisor to leave: 1 finishes the running jobs, 2 puts them back. Return whom."""
+    with transaction(db):
+        db.execute("UPDATE supervisors SET stop = max(stop, ?)", (how,))
+        return {row["id"] for row in supervisors(db)}
 
 
 def supervisors(db: sqlite3.Connection) -> list[sqlite3.Row]:
@@ -745,6 +762,9 @@ def check(db: sqlite3.Connection, path: str) -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    path = os.environ.get("QUEUECTL_DB", DEFAULT_PATH)
-    connect(path).close()
+    path = os.environ.get("QUEUECTL_DB") or DEFAULT_PATH
+    try:
+        connect(path).close()
+    except QueueError as error:
+        raise SystemExit(f"Error: {error}") from None
     print(f"queue ready: {path}")

@@ -29,7 +29,7 @@ from database import duration_text, plural
 COLOURS = {"completed": "green", "failed": "yellow", "dead": "red", "lost": "red", "trouble": "red"}
 # What a terminal would obey instead of showing: controls, and characters that turn text round.
 LAYOUT = "\n\t"  # what may stay of it in the output of a job
-UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\u061c\ud800-\udfff]")
 
 
 class Place:
@@ -71,6 +71,8 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         code = 130
     except OSError as error:  # nobody reads on (`list | head`), or there is no room for the result
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to flush must not fail again
         code = 1 if error.errno == errno.EPIPE else complain(f"standard output: {error}", 1)
     finally:
@@ -123,14 +125,24 @@ def table(head: list[str], rows: list[list[Any]]) -> None:
 
 def print_event(who: str, pid: int, verb: str, text: str, to: Any = None) -> None:
     """Print one line of `worker start`. Workers call it too: one write, so lines stay whole."""
-    to = to or sys.stdout
+    to, text = to or sys.stdout, clean(text if len(text) < 1000 else text[:1000] + "...")
     word = click.style(f"{verb:<9}", COLOURS[verb]) if verb in COLOURS and to.isatty() else verb
-    line = f"{time.strftime('%H:%M:%S')}  {who:<10}  pid {pid:<7}  {word:<9}  {clean(text)}"
+    line = f"{time.strftime('%H:%M:%S')}  {who:<10}  pid {pid:<7}  {word:<9}  {text}"
+    import select
+
     try:
+        # A reader that does not read on (Ctrl+S, a pager) holds us up once for a second, not more.
+        if not select.select([], [to], [], 0 if to in STUCK else 1)[1]:
+            STUCK.add(to)
+            return
+        STUCK.discard(to)
         to.write(line.rstrip() + "\n")
         to.flush()
     except (OSError, ValueError):
         pass  # the terminal or the reader is gone: the work matters more
+
+
+STUCK: set[Any] = set()
 
 
 def print_remark(*event: Any) -> None:
@@ -156,7 +168,13 @@ limit_option = click.option(
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--db", envvar="QUEUECTL_DB", default=database.DEFAULT_PATH, help="The queue file.")
-@click.option("--config", "settings", envvar="QUEUECTL_CONFIG", default=config.DEFAULT_PATH)
+@click.option(
+    "--config",
+    "settings",
+    envvar="QUEUECTL_CONFIG",
+    default=config.DEFAULT_PATH,
+    help="The settings file.",
+)
 @click.pass_obj
 def cli(place: Place, db: str, settings: str) -> None:
     """A background job queue: shell commands in one SQLite file, run by worker processes."""
@@ -200,12 +218,12 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
         raise BadInput(f"--{next(iter(given)).replace('_', '-')} goes with --command")
     if lines and file is None:
         raise BadInput("--lines goes with --file")
-    now, settings, cwd, ignored = time.time(), place.settings, current_directory(), set()
+    settings, cwd, ignored = place.settings, current_directory(), set()
 
     def checked(entries: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
         for line, entry in entries:
             try:
-                row, unused = config.check_job(entry, settings, now, cwd)
+                row, unused = config.check_job(entry, settings, cwd)
             except BadInput as error:
                 raise BadInput(f"line {line}: {error}" if line else str(error)) from None
             ignored.update(unused)
@@ -215,10 +233,14 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
         entries = file_entries(file, lines)
     elif job is not None:
         text = "".join(file_lines("-")) if job == "-" else job
-        entries = [(0, config.parse_json(text))]
+        try:
+            entries = [(0, config.parse_json(text))]
+        except BadInput as error:
+            raise BadInput(f"{error}; for a shell command write --command TEXT") from None
     else:
-        entries = [(0, job_of_options(given, now))]
-    first, last = database.enqueue(place.db, checked(entries), now)
+        entries = [(0, job_of_options(given))]
+    database.gather(place.db, checked(entries))
+    first, last = database.take_in(place.db, time.time())  # now, when all has come in
     ring(place, last - first + 1)
     if ignored:
         click.echo(f"ignored, set by the queue: {', '.join(sorted(ignored))}", err=True)
@@ -239,14 +261,12 @@ def current_directory() -> str:
         raise database.QueueError("the current directory is gone; change to another") from None
 
 
-def job_of_options(given: dict[str, Any], now: float) -> dict[str, Any]:
+def job_of_options(given: dict[str, Any]) -> dict[str, Any]:
     """Return the JSON object that the options stand for."""
     if "delay" in given and "run_at" in given:
         raise BadInput("--delay and --run-at say the same thing; give one of them")
     if "delay" in given:
-        given["run_at"] = now + given.pop("delay")
-    elif re.fullmatch(r"[\d.]+", given.get("run_at", "")):
-        given["run_at"] = config.parse_number(given["run_at"])
+        given["run_at"] = time.time() + given.pop("delay")
     return given
 
 
@@ -487,49 +507,63 @@ def show(place: Place, id: str, as_json: bool) -> None:
 @click.option("--stdout", "only", flag_value="stdout", help="Only the standard output.")
 @click.option("--stderr", "only", flag_value="stderr", help="Only the standard error.")
 @click.option("--follow", is_flag=True, help="Go on until the run has ended.")
+@json_option
 @click.pass_obj
-def logs(place: Place, id: str, attempt: int | None, only: str | None, follow: bool) -> None:
+def logs(
+    place: Place, id: str, attempt: int | None, only: str | None, follow: bool, as_json: bool
+) -> None:
     """Show what a job has printed; while it runs, what there is so far."""
     from worker import live_output
 
-    seq = database.find(place.db, id)
+    seq, limit = database.find(place.db, id), int(place.settings["output_limit_bytes"])
     sent = {name: 0 for name in ("stdout", "stderr") if only in (None, name)}
     decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name in sent}
 
-    def chosen() -> Any:
+    def chosen() -> dict[str, Any] | None:
         runs = [run for run in database.runs(place.db, seq) if attempt in (None, run["attempt"])]
-        return runs[-1] if runs else None
+        if not runs:
+            ended = database.job(place.db, seq)["state"] in database.SETTLED
+            if ended or not follow:
+                what = "not run" if attempt is None else f"no run {attempt}"
+                hope = "" if ended else " yet; --follow waits for it"
+                raise database.QueueError(f'job "{id}" has {what}{hope}')
+        return dict(runs[-1]) if runs else None
 
-    def put(stream: str, data: bytes) -> None:
-        sent[stream] += len(data)
+    def put(stream: str, skipped: int, data: bytes) -> None:
         if data and not only and not follow:
             click.echo(f"--- {stream} ---")
+        if skipped > 0:
+            click.echo(f"[... {skipped} bytes cut ...]")
+        sent[stream] += max(0, skipped) + len(data)
         text = clean(decoders[stream].decode(data), keep=LAYOUT)
         click.echo(text, nl=not follow and text[-1:] not in ("", "\n"))
 
     run = chosen()
-    if run is None and not follow:
-        what = f"no run {attempt}" if attempt else "not run yet; --follow waits for it"
-        raise database.QueueError(f'job "{id}" has {what}')
     while run is None or run["finished_at"] is None:
         worker = run["worker"] if run else ""
-        new = {name: live_output(place.path, worker, name, start) for name, start in sent.items()}
+        new = {
+            name: live_output(place.path, worker, name, start, limit)
+            for name, start in sent.items()
+        }
         before, run = run, chosen()
         # Only what was read while the run was open is its own: the file serves the next one too.
         if before and run["id"] == before["id"] and run["finished_at"] is None:
-            for name, data in new.items():
-                put(name, data)
+            for name, (skipped, data) in new.items():
+                if as_json:
+                    run |= {name: data, name + "_bytes": skipped + len(data)}
+                else:
+                    put(name, skipped, data)
             if not follow:
-                return
+                break
+        if run is None or run["finished_at"] is None:
             time.sleep(0.1)
-        elif run is None:
-            time.sleep(0.1)
-    for name in sent:
-        kept = run[name] or b""
-        cut = run[name + "_bytes"] - len(kept)
-        if cut > sent[name]:
-            click.echo(f"[... {cut - sent[name]} bytes cut ...]")
-        put(name, kept[max(0, sent[name] - cut) :])
+    if as_json:
+        emit(database.as_object(run) | {"id": database.job(place.db, seq)["id"]})
+    elif run["finished_at"] is not None:
+        for name in sent:
+            kept = run[name] or b""
+            cut = run[name + "_bytes"] - len(kept)
+            put(name, cut - sent[name], kept[max(0, sent[name] - cut) :])
 
 
 @cli.command()
@@ -538,8 +572,10 @@ def logs(place: Place, id: str, attempt: int | None, only: str | None, follow: b
 @click.pass_obj
 def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
     """Wait until jobs (none named: all) have settled; exit 0 only if all completed."""
+    from worker import live_workers
+
     seqs = [database.find(place.db, id) for id in ids]
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline, told = None if timeout is None else time.monotonic() + timeout, False
     while True:
         found = database.counts(place.db, seqs)
         total = found["total"]
@@ -549,6 +585,9 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
             click.echo(line, nl=not left, err=True)
         if not left:
             break
+        if not told and not live_workers(place.db):
+            told = True
+            click.echo("no worker is running; `worker start` starts one", err=True)
         if deadline and time.monotonic() >= deadline:
             after = duration_text(timeout)
             raise database.QueueError(f"after {after} {left} of {plural(total, 'job')} not settled")
@@ -669,6 +708,9 @@ def doctor(place: Place, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed (>&-): what is opened next must not take its place
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # no text is too foreign to be shown
     main()

@@ -20,7 +20,8 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import closing, suppress
+from functools import lru_cache
 from typing import Any
 
 import database
@@ -60,13 +61,14 @@ class Supervisor:
     ):
         self.path, self.settings, self.say = path, settings, say
         self.count, self.drain = count, drain
-        self.host, self.boot, self.pid = os.uname().nodename, boot_id(), os.getpid()
+        self.pid = os.getpid()
         self.id = 0  # no supervisor's, until registered
         self.children: dict[int, Any] = {}  # pid: multiprocessing.Process
         self.endings: dict[str, Ending] = {}  # by the worker's name
         self.silences: dict[int, tuple[float, float]] = {}  # supervisor: (heartbeat, silent for)
         self.stopped_at: dict[int, float] = {}  # pid: since when it was seen stopped
-        self.stopping = 0  # 1: finish the running jobs and leave; 2: put them back now
+        self.signals = self.asked = 0  # 1: finish the running jobs and leave; 2: put them back now
+        self.trouble = ""  # what was said last of a database that cannot be used
         self.busy = False
         self.looked_at = self.beat_at = self.spawn_at = 0.0
 
@@ -83,7 +85,15 @@ class Supervisor:
         self.say("supervisor", self.pid, "left", "")
 
     def begin(self) -> None:
+        import resource
+
         make_run_directory(self.path)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if 2 * self.count + 32 > files:
+            needed = f"{self.count} workers need {2 * self.count + 32} open files"
+            raise QueueError(f"{needed}, the limit is {files}; raise it with ulimit -n")
+        # Inherited as ignored, it would hide every exit code: of workers, and of jobs.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # Handlers only count; the byte that the interpreter writes into this pipe ends the sleep.
         self.wake, wake_write = quiet_pipe()
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
@@ -95,13 +105,17 @@ class Supervisor:
         birth = process_birth(self.pid) or ""
         with opened(self.path) as db:
             self.id = database.register_supervisor(
-                db, self.host, self.boot, self.pid, birth, time.time()
+                db, os.uname().nodename, boot_id(), self.pid, birth, time.time()
             )
         told = f"{database.plural(self.count, 'worker')} on {self.path}; Ctrl+C stops"
         self.say("supervisor", self.pid, "started", told)
 
     def on_signal(self, *_: object) -> None:
-        self.stopping += 1
+        self.signals += 1
+
+    @property
+    def stopping(self) -> int:
+        return max(self.signals, self.asked)
 
     def sleep(self) -> None:
         from multiprocessing.connection import wait
@@ -115,14 +129,18 @@ class Supervisor:
     def keep_count(self) -> None:
         """Replace the workers that are gone or, stopping, tell them all to leave."""
         if self.stopping:
-            for pid in self.children:
-                # Not reaped yet, so this pid is still the child's.
-                os.kill(pid, signal.SIGTERM)
-                os.kill(pid, signal.SIGCONT)  # a stopped one would never hear it
+            for pid, child in self.children.items():
+                if child.exitcode is None:  # alive, or not reaped: this pid is still the child's
+                    send(pid, signal.SIGTERM)
+                    send(pid, signal.SIGCONT)  # a stopped one would never hear it
         while not self.stopping and len(self.children) < self.count:
             if time.monotonic() < self.spawn_at:
                 return
-            self.spawn()
+            try:
+                self.spawn()
+            except OSError as error:  # no more processes, no more memory
+                self.say("supervisor", self.pid, "trouble", f"no new worker: {error.strerror}")
+                self.spawn_at = time.monotonic() + 1
 
     def spawn(self) -> None:
         """Fork a worker. No connection is open here: SQLite's must not be carried over a fork
@@ -141,20 +159,33 @@ class Supervisor:
     def look(self) -> None:
         """One tick. A database that cannot be used now (full disk, locked) is tried again."""
         try:
+            if not os.path.exists(self.path):  # connecting would make a new one
+                self.asked = max(self.asked, 1)
+                raise QueueError(f"{self.path} is gone: leaving")
             with opened(self.path) as db:
                 self.tick(db, time.time(), time.monotonic())
-        except (QueueError, database.SQLiteError) as error:
-            self.say("supervisor", self.pid, "trouble", database.error_text(error, self.path))
+            self.trouble = ""
+        except (OSError, QueueError, database.SQLiteError) as error:
+            text = database.error_text(error, self.path)
+            if text != self.trouble:
+                self.trouble = text
+                self.say("supervisor", self.pid, "trouble", text)
+            if self.stopping:
+                for pid in list(self.children):
+                    self.reap(pid)  # what it held waits in the database for the next supervisor
+            time.sleep(IDLE_TICK_S)
 
     def tick(self, db: Any, now: float, mono: float) -> None:
         if self.id and mono >= self.beat_at:
             database.beat(db, self.id, now)
             self.beat_at = mono + min(5.0, self.settings["lock_timeout_s"] / 4)
-        supervisors = [row for row in database.supervisors(db) if row["host"] == self.host]
-        workers = [row for row in database.workers(db) if row["host"] == self.host]
-        stop = max([row["stop"] for row in supervisors if row["id"] == self.id], default=0)
-        finished = self.drain and database.settled(db)
-        self.stopping = max(self.stopping, stop, int(finished))
+        supervisors = [row for row in database.supervisors(db) if is_here(row)]
+        workers = [row for row in database.workers(db) if is_here(row)]
+        own = [row["stop"] for row in supervisors if row["id"] == self.id]
+        self.asked = max([self.asked, *own, self.drain and database.settled(db)])
+        if self.id and not own and not self.asked:
+            self.say("supervisor", self.pid, "stopping", "the queue was replaced or cleared")
+            self.asked = 1
         self.listen(supervisors, mono)
         self.busy = False
         for row in workers:
@@ -173,7 +204,7 @@ class Supervisor:
         for pid in [pid for pid in self.children if pid not in registered]:
             self.reap(pid)  # died before it could register: it holds nothing
         for row in supervisors:
-            if not is_alive(row, self.boot):
+            if not is_alive(row):
                 database.remove_supervisor(db, row["id"])
 
     def listen(self, supervisors: Iterable[Any], mono: float) -> None:
@@ -191,17 +222,20 @@ class Supervisor:
     def judge(self, row: Any, mine: bool, mono: float) -> tuple[str, str, int | None] | None:
         """Say why this worker's session is to be ended: (outcome, error, run), or None."""
         child = self.children.get(row["pid"]) if mine else None
-        alive = child.exitcode is None if child else is_alive(row, self.boot)
-        silent = self.stopped_for(row["pid"], mono) if mine else self.silences[row["supervisor"]][1]
-        heard = silent <= self.settings["lock_timeout_s"]
-        if not mine and heard and is_alive(row, self.boot, "supervisor_"):
+        others = not mine and is_alive(row, "supervisor_")
+        # A supervisor is heard by its heartbeat; who answers to us, or to nobody, by not stopping.
+        if others:
+            silent = self.silences[row["supervisor"]][1]
+        else:
+            silent = self.stopped_for(row["pid"], mono)
+        if silent > self.settings["lock_timeout_s"]:
+            return "failed", f"worker lost: silent for {duration_text(silent)}", None
+        if others:
             return None  # its supervisor's to judge: it alone knows why it ended this worker
-        if not alive:
+        if child.exitcode is not None if child else not is_alive(row):
             killed = child is not None and child.exitcode < 0
             cause = f": {signal_text(child.exitcode)}" if killed else ""
             return "failed", f"worker lost{cause}", None
-        if not heard:
-            return "failed", f"worker lost: silent for {duration_text(silent)}", None
         if max(row["stop"], self.stopping if mine else 0) > 1:
             return *NOT_COUNTED, None
         if row["cancelling"]:
@@ -211,7 +245,7 @@ class Supervisor:
         return None
 
     def stopped_for(self, pid: int, mono: float) -> float:
-        """Return for how many seconds a worker of ours has been stopped (SIGSTOP)."""
+        """Return for how many seconds a worker has been seen stopped (SIGSTOP)."""
         if not is_stopped(pid):
             self.stopped_at.pop(pid, None)
             return 0.0
@@ -221,7 +255,7 @@ class Supervisor:
         """Push a session towards its end; say whether no process of it is left: the fence."""
         row = ending.worker
         birth = process_birth(row["pid"])
-        if row["boot"] != self.boot or birth not in (None, row["birth"]):
+        if row["boot"] != boot_id() or birth not in (None, row["birth"]):
             return True  # another boot, or a recycled pid: nothing of the old session can live
         if birth:
             # The worker goes first, at once, lest it record what its dying job returns.
@@ -255,7 +289,7 @@ class Supervisor:
             self.say(name, row["pid"], "lost", ending.error)
         database.remove_worker(db, name)
         for output in output_paths(self.path, name):
-            if os.path.lexists(output):
+            with suppress(FileNotFoundError):
                 os.unlink(output)
         del self.endings[name]
 
@@ -280,8 +314,7 @@ def opened(path: str) -> closing:
 
 def live_workers(db: Any) -> list[Any]:
     """Return the rows of database.workers whose process lives; of other hosts, all."""
-    host, boot = os.uname().nodename, boot_id()
-    return [row for row in database.workers(db) if row["host"] != host or is_alive(row, boot)]
+    return [row for row in database.workers(db) if not is_here(row) or is_alive(row)]
 
 
 def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | None) -> int:
@@ -292,14 +325,15 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
     """
     settler = Supervisor(path, settings, say)
     with opened(path) as db:
-        database.ask_to_stop(db, 2 if now else 1)
+        asked = database.ask_to_stop(db, 2 if now else 1)
         count = len(live_workers(db))
     deadline = time.monotonic() + timeout_s if timeout_s is not None else None
     while True:
         settler.look()
         with opened(path) as db:
-            left = [*database.supervisors(db), *database.workers(db)]
-        left = [row["pid"] for row in left if row["host"] == settler.host]
+            left = [row for row in database.supervisors(db) if row["id"] in asked]
+            left += [row for row in database.workers(db) if row["supervisor"] in asked]
+        left = [row["pid"] for row in left if is_here(row)]
         if not left:
             return count
         if deadline is not None and time.monotonic() >= deadline:
@@ -338,13 +372,18 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
             start_new_session=True,
         )
         deadline = time.monotonic() + 30
-        while process.poll() is None and time.monotonic() < deadline:
-            with opened(path) as db:
-                up = [row for row in database.workers(db) if row["supervisor_pid"] == process.pid]
-            if len(up) >= count:
-                return process.pid, log
-            time.sleep(0.01)
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                with opened(path) as db:
+                    rows = database.workers(db)
+                if sum(row["supervisor_pid"] == process.pid for row in rows) >= count:
+                    return process.pid, log
+                time.sleep(0.01)
+        except BaseException:  # Ctrl+C: then nothing is to be left in the background either
+            process.terminate()
+            raise
         if process.returncode != 0:
+            process.terminate()
             file.seek(log_start)
             said = file.read().decode(errors="replace").strip().removeprefix("Error: ")
             raise QueueError(f"the workers did not start: {said}; log {log}")
@@ -361,7 +400,7 @@ class Desk:
         self.path, self.paths = path, output_paths(path, name)
         self.outputs = [self.make(output) for output in self.paths]
         self.bell = open_bell(path, os.O_RDWR)  # for writing too: else it ends with each writer
-        self.environment = dict(os.environ)
+        self.environment = dict(os.environb)
 
     def make(self, path: str) -> int:
         # Files, not pipes: a background child cannot block us, memory stays flat, and the
@@ -427,8 +466,10 @@ def rest(desk: Desk, others: list[int], due_at: float | None, span: float) -> No
 
     if due_at is not None:
         span = min(span, max(0.0, due_at - time.time()))
-    bells = [] if desk.bell is None else [desk.bell]
-    for handle in select.select([*bells, *others], [], [], span)[0]:
+    waiting = select.poll()
+    for handle in [*others, *([] if desk.bell is None else [desk.bell])]:
+        waiting.register(handle, select.POLLIN)
+    for handle, _ in waiting.poll(span * 1000):
         # Emptied before the next look, so that a ring during it is not lost; and emptied whole,
         # or what is left over from a busy hour would wake us again and again.
         drained(handle)
@@ -440,7 +481,10 @@ def run_one(
     """Run one claimed job and record how it ended; return what database.finish returned."""
     of = f"(run {run.attempt} of {run.max_retries + 1})"
     say(run.worker, os.getpid(), "started", f"{run.job} {of}: {run.command}")
-    code, error = execute(run, desk, settings["kill_grace_s"])
+    last_pid, began = newest_pid(), time.monotonic()
+    code, error = execute(run, desk)
+    if others_in_session(last_pid, began):
+        end_leftovers(run, settings["kill_grace_s"], say)
     limit = int(settings["output_limit_bytes"])
     (out, out_size), (err, err_size) = [read_tail(handle, limit) for handle in desk.outputs]
     if code:
@@ -463,45 +507,52 @@ def run_one(
     return ended
 
 
-def execute(run: Run, desk: Desk, kill_grace_s: float) -> tuple[int | None, str | None]:
+def execute(run: Run, desk: Desk) -> tuple[int | None, str | None]:
     """Run the command to its end: (exit code, None), or (None, why it could not be started)."""
     import subprocess
 
-    desk.environment |= {"QUEUECTL_JOB_ID": run.job, "QUEUECTL_ATTEMPT": str(run.attempt)}
-    # A pipe into which nobody writes. All that the command starts inherits its end, so end of file
-    # says that nothing is left: for microseconds, where a look through /proc takes milliseconds.
-    watch, held = quiet_pipe()
+    # As bytes: text would be encoded by the locale, which may not know its characters.
+    desk.environment[b"QUEUECTL_JOB_ID"] = run.job.encode()
+    desk.environment[b"QUEUECTL_ATTEMPT"] = str(run.attempt).encode()
     try:
         done = subprocess.run(
-            ["/bin/sh", "-c", run.command],
+            [b"/bin/sh", b"-c", run.command.encode()],
             stdin=subprocess.DEVNULL,
             stdout=desk.outputs[0],
             stderr=desk.outputs[1],
-            cwd=run.cwd,
+            cwd=run.cwd.encode(),
             env=desk.environment,
-            pass_fds=(held,),
         )
-        code, error = done.returncode, None
-    except OSError as problem:  # cwd gone, command too long, no more processes
-        where = f": {problem.filename}" if problem.filename else ""
-        code, error = None, f"cannot be started: {problem.strerror}{where}"
-    os.close(held)
-    try:
-        left = os.read(watch, 1) != b""
-    except BlockingIOError:
-        left = True
-    os.close(watch)
-    if left:
-        end_leftovers(time.monotonic() + kill_grace_s)
-    return code, error
+        return done.returncode, None
+    except (OSError, ValueError) as problem:  # cwd gone, command too long, no more processes
+        where = getattr(problem, "filename", None)
+        told = getattr(problem, "strerror", None) or str(problem)
+        return None, f"cannot be started: {told}" + (f": {os.fsdecode(where)}" if where else "")
 
 
-def end_leftovers(kill_at: float) -> None:
+def others_in_session(last_pid: int, began: float) -> bool:
+    """Say whether anything but this worker is left in its session, of what ran since `began`.
+
+    A look through /proc costs a tenth of a short job. But the kernel counts pids up: only those it
+    gave out since `last_pid` need be asked, unless so many were that it may have gone round.
+    """
+    now_last = newest_pid()
+    if last_pid < 0 or not 0 <= now_last - last_pid < 500 or time.monotonic() - began > 0.3:
+        return len(session_members(os.getpid())) > 1
+    return any(session_of(pid) == os.getpid() for pid in range(last_pid + 1, now_last + 1))
+
+
+def end_leftovers(run: Run, kill_grace_s: float, say: Say) -> None:
     """End what a command left in the background: it would write into the next job's output, and
     run beside the next run of its own job."""
     asked: set[int] = set()
+    told, kill_at = False, time.monotonic() + kill_grace_s
     while left := [pid for pid in session_members(os.getpid()) if pid != os.getpid()]:
-        push(left, asked, time.monotonic() >= kill_at)
+        refused = push(left, asked, time.monotonic() >= kill_at)
+        if refused and not told:
+            pids = ", ".join(map(str, refused))
+            say(run.worker, os.getpid(), "waits", f"process {pids} may not be signalled")
+            told = True
         time.sleep(0.01)
 
 
@@ -534,7 +585,7 @@ def record(
 
 
 def run_directory(path: str) -> str:
-    return path + ".run"
+    return os.path.realpath(path) + ".run"
 
 
 def output_paths(path: str, worker: str) -> list[str]:
@@ -548,7 +599,7 @@ def make_run_directory(path: str) -> None:
     Raises QueueError where others could write: they could put commands there for us to run.
     """
     folder, parent = run_directory(path), os.path.dirname(os.path.abspath(path))
-    if not os.path.lexists(folder):
+    with suppress(FileExistsError):
         os.mkdir(folder, 0o700)
     if not os.path.isdir(folder) or os.path.islink(folder):
         raise QueueError(f"{folder} is not a directory; remove it")
@@ -562,10 +613,9 @@ def make_run_directory(path: str) -> None:
             raise QueueError(f"others can write {place}; chmod go-w {place}")
         if place != parent and status.st_uid != os.geteuid():
             raise QueueError(f"{place} belongs to another user (uid {status.st_uid})")
-    try:
+    # There already; or there are no FIFOs here, and polling alone serves.
+    with suppress(FileExistsError, PermissionError, AttributeError):
         os.mkfifo(os.path.join(folder, "bell"), 0o600)
-    except (FileExistsError, PermissionError, AttributeError):
-        pass  # there already; or there are no FIFOs here, and polling alone serves
 
 
 def safe_open(path: str, flags: int) -> int:
@@ -612,15 +662,20 @@ def read_outputs(path: str, worker: str, limit: int) -> tuple[bytes, bytes, int,
     return found[0][0], found[1][0], found[0][1], found[1][1]
 
 
-def live_output(path: str, worker: str, stream: str, start: int) -> bytes:
-    """Return what a running job has written to "stdout" or "stderr" from byte `start` on."""
+def live_output(path: str, worker: str, stream: str, start: int, limit: int) -> tuple[int, bytes]:
+    """Return what a running job has written to "stdout" or "stderr": (bytes left out, bytes).
+
+    From byte `start` on; but if that is far behind, only the last `limit` bytes.
+    """
     try:
         handle = safe_open(output_paths(path, worker)[stream == "stderr"], os.O_RDONLY)
     except OSError:
-        return b""
-    with os.fdopen(handle, "rb", 0) as file:
-        file.seek(start)
-        return file.read(2**20) or b""
+        return 0, b""
+    size = os.fstat(handle).st_size
+    skipped = size - limit - start if size - start > 2**20 else 0
+    data = os.pread(handle, 2**20, start + skipped)
+    os.close(handle)
+    return skipped, data
 
 
 def bound_output(path: str, worker: str, limit: int) -> None:
@@ -647,6 +702,7 @@ def bound_output(path: str, worker: str, limit: int) -> None:
 # --- what the operating system decides: Linux reads /proc, macOS asks ps ---------------------
 
 
+@lru_cache
 def boot_id() -> str:
     """Return a name for this boot of this machine; no process of another boot can live."""
     try:
@@ -677,19 +733,27 @@ def is_stopped(pid: int) -> bool:
 def session_members(session: int) -> list[int]:
     """Return the pids of a session's living processes."""
     if sys.platform == "linux":
-        found = (
-            (int(pid), process_status(int(pid))) for pid in os.listdir("/proc") if pid.isdigit()
-        )
-        return [pid for pid, status in found if status and int(status[3]) == session]
-    members = []
-    for line in ask("ps", "-axo", "pid=,stat=").splitlines():
-        pid, state = line.split()[:2]
-        try:
-            if os.getsid(int(pid)) == session and not state.startswith("Z"):
-                members.append(int(pid))
-        except OSError:
-            pass
-    return members
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [pid for pid in pids if session_of(pid) == session and process_status(pid)]
+    states = (line.split()[:2] for line in ask("ps", "-axo", "pid=,stat=").splitlines())
+    alive = [int(pid) for pid, state in states if not state.startswith("Z")]
+    return [pid for pid in alive if session_of(pid) == session]
+
+
+def session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None
+
+
+def newest_pid() -> int:
+    """Return the pid that was given out last, or -1 where the system does not say."""
+    try:
+        with open("/proc/loadavg", "rb") as file:
+            return int(file.read().split()[-1])
+    except OSError:
+        return -1
 
 
 def process_status(pid: int) -> list[str] | None:
@@ -708,9 +772,14 @@ def ask(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
-def is_alive(row: Any, boot: str, prefix: str = "") -> bool:
+def is_here(row: Any) -> bool:
+    """Say whether a row is of this machine: of this boot, or, since a reboot, of this name."""
+    return row["boot"] == boot_id() or row["host"] == os.uname().nodename
+
+
+def is_alive(row: Any, prefix: str = "") -> bool:
     """Say whether the very process that a row names by pid, birth and boot is alive."""
-    return row["boot"] == boot and process_birth(row[prefix + "pid"]) == row[prefix + "birth"]
+    return row["boot"] == boot_id() and process_birth(row[prefix + "pid"]) == row[prefix + "birth"]
 
 
 def send(pid: int, number: int) -> bool:

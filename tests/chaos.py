@@ -3,8 +3,8 @@
     python tests/chaos.py --seconds 180 --seed 1
 
 Supervisors, workers and enqueuers are killed (SIGKILL), stopped and continued, or asked to leave
-(SIGTERM) at seeded random moments while jobs of many kinds run. Each run writes lines to a ledger of
-its own with O_APPEND, so that the order of its lines is the order of events, whatever any clock says:
+(SIGTERM) at seeded random moments while jobs of many kinds run. Each run appends lines to a ledger
+(O_APPEND), so that the order of its lines is the order of events, whatever any clock says:
 
     B job attempt token     a run has begun          T job attempt token     it lives
     E job attempt token     it has come to its end
@@ -182,7 +182,7 @@ class Chaos:
 
     def hit(self, what: str, how: str, rows: list, also: list[int] | None = None) -> None:
         self.kills[f"{how} {what}"] += 1
-        pids = (also or []) + [row["pid"] for row in rows if worker.is_alive(row, row["boot"])]
+        pids = (also or []) + [row["pid"] for row in rows if worker.is_alive(row)]
         for pid in pids:
             self.signal(pid, how)
 

@@ -144,15 +144,17 @@ def test_a_directory_in_place_of_the_file_is_an_error_that_names_it(tmp_path):
 @pytest.mark.parametrize("umask", [0, 0o022, 0o077])
 def test_the_file_is_replaced_whole_private_and_with_its_other_entries(path, umask):
     write(path, '{"max_retries": 7, "default-timeout": 9}')
-    os.chmod(path, 0o644)
-    before, old = os.umask(umask), open(path)
+    os.chmod(path, 0o640)
+    before, old, new = os.umask(umask), open(path), path + ".new"
     try:
         config.store(path, "poll-interval-ms", "20")
+        config.store(new, "poll-interval-ms", "20")
     finally:
         os.umask(before)
     changed = {"max_retries": 7, "job_timeout_s": 9, "poll_interval_ms": 20}
     assert config.load(path) == DEFAULTS | changed
-    assert os.stat(path).st_mode & 0o777 == 0o600
+    assert os.stat(path).st_mode & 0o777 == 0o640, "as it was"
+    assert os.stat(new).st_mode & 0o777 == 0o600, "private at birth"
     with old:  # who had it open reads the old text to its end
         assert old.read() == '{"max_retries": 7, "default-timeout": 9}'
 
@@ -187,7 +189,7 @@ def test_of_many_who_store_at_once_none_undoes_another(path):
 
 
 def check(**fields: Any) -> dict[str, Any]:
-    return config.check_job({"command": "true"} | fields, DEFAULTS, NOW, "/here")[0]
+    return config.check_job({"command": "true"} | fields, DEFAULTS, "/here")[0]
 
 
 NOT_A_JOB = [
@@ -215,7 +217,7 @@ NOT_A_JOB = [
 @pytest.mark.parametrize("text, words", NOT_A_JOB, ids=lambda text: text[:50])
 def test_what_is_no_job_is_refused_in_one_line(text, words):
     with pytest.raises(BadInput) as refused:
-        config.check_job(config.parse_json(text), DEFAULTS, NOW, "/here")
+        config.check_job(config.parse_json(text), DEFAULTS, "/here")
     assert words in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
 
@@ -255,8 +257,8 @@ def test_nan_is_refused_where_python_code_passes_it():
 
 def test_settings_are_copied_into_the_job_unless_it_has_its_own():
     settings = DEFAULTS | {"max_retries": 7, "backoff_base": 1.5, "job_timeout_s": 60}
-    job, ignored = config.check_job({"command": "true"}, settings, NOW, "/here")
-    expected = dict(id=None, command="true", priority=0, run_at=NOW, max_retries=7)
+    job, ignored = config.check_job({"command": "true"}, settings, "/here")
+    expected = dict(id=None, command="true", priority=0, run_at=None, max_retries=7)
     assert job == expected | dict(backoff_base=1.5, timeout_s=60, cwd="/here")
     assert ignored == []
     own = dict(id="a", priority=-5, max_retries=0, backoff_base=0, timeout_s=0.5, cwd="/there")
@@ -292,7 +294,7 @@ def test_a_printed_record_pasted_back_is_taken_and_what_the_queue_sets_is_report
     given_by_queue = "state attempts exit_code last_error stdout stderr worker created_at"
     names = [*given_by_queue.split(), "updated_at", "started_at", "finished_at", "runs"]
     record = {"command": "true"} | dict.fromkeys(names, "whatever")
-    job, ignored = config.check_job(record, DEFAULTS, NOW, "/here")
+    job, ignored = config.check_job(record, DEFAULTS, "/here")
     assert ignored == names
     assert job == check()
 
@@ -305,7 +307,7 @@ def entries(text: str) -> list[tuple[int, dict[str, Any]]]:
     found = []
     for line, value in config.parse_entries(io.StringIO(text)):
         try:
-            config.check_job(value, DEFAULTS, NOW, "/")
+            config.check_job(value, DEFAULTS, "/")
         except BadInput as error:
             raise BadInput(f"line {line}: {error}") from None
         found.append((line, value))

@@ -7,8 +7,10 @@ if the numbers of its runs are out of order there.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -512,7 +514,8 @@ def test_a_silent_worker_is_fenced_unless_it_is_on_another_host(
     queue: Queue, bystander: subprocess.Popen, host: str, state: str
 ) -> None:
     enqueue(queue, "a", "true")
-    db, _ = claimed(queue, bystander.pid, worker.process_birth(bystander.pid), host)
+    boot = None if host == HOST else "another boot"
+    db, _ = claimed(queue, bystander.pid, worker.process_birth(bystander.pid), host, boot=boot)
     looks = settler(queue)[0]
     looks.tick(db, time.time(), 0)
     looks.tick(db, time.time(), 1e6)  # a machine that slept holds nobody's silence against him
@@ -674,7 +677,7 @@ def test_work_arrives_and_wakes_sleeping_workers(queue: Queue) -> None:
     for pair in ("cd", "dc"):
         db, now = database.connect(queue.path), time.time()
         job = {"command": meet.format(*pair), "cwd": str(queue.folder)}
-        row = config.check_job(job, config.load(queue.config), now, "/")[0]
+        row = config.check_job(job, config.load(queue.config), "/")[0]
         database.enqueue(db, [(1, row)], now)
         db.close()
     worker.ring(queue.path)
@@ -791,3 +794,126 @@ def test_eight_workers_of_two_supervisors_run_each_of_200_jobs_once(queue: Queue
     assert queue.states()["completed"] == 200
     assert len(ledger(queue)) == len(set(ledger(queue))) == 200
     assert {job["attempts"] for job in queue.json("list")} == {1}
+
+
+# --- what a reviewer broke -------------------------------------------------------------------
+
+CLOSES_ALL = (
+    "import subprocess, sys; subprocess.Popen(['sh', '-c', "
+    "'echo begin >> ledger; sleep 5; echo end >> ledger; echo leaked']); sys.exit(1)"
+)
+
+
+def test_a_child_that_closed_all_it_inherited_is_ended_with_its_run(queue: Queue) -> None:
+    """Python's subprocess closes every descriptor, so no pipe can tell that such a child lives."""
+    command = f"{sys.executable} -c {shlex.quote(CLOSES_ALL)}; sleep 0.4; exit 1"
+    enqueue(queue, "a", command, max_retries=1)
+    enqueue(queue, "quick", f"{sys.executable} -c {shlex.quote(CLOSES_ALL)}", max_retries=1)
+    queue.drain()
+    assert "end" not in (queue.folder / "ledger").read_text()
+    assert {job["stdout"] for job in queue.json("list")} == {""}
+
+
+def test_exit_codes_are_seen_though_the_caller_ignores_sigchld(queue: Queue) -> None:
+    enqueue(queue, "a", "exit 3", max_retries=0)
+    script = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
+    script += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    words = [str(ROOT / "queuectl.py"), "worker", "start", "--drain"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], env=queue.environment, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (queue.job("a")["state"], queue.job("a")["exit_code"]) == ("dead", 3)
+
+
+def test_it_is_asked_to_leave_while_the_session_of_a_dead_worker_is_being_emptied(queue):
+    enqueue(queue, "deaf", "trap '' TERM; echo here > here; while :; do sleep 0.1; done")
+    process = queue.start()
+    eventually(lambda: (queue.folder / "here").exists())
+    os.kill(queue.workers()[0]["pid"], signal.SIGKILL)
+    time.sleep(0.2)  # within the grace of a second; later it would be an ordinary stop
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
+    assert queue.state("deaf") == "failed"
+
+
+def test_a_healthy_worker_whose_supervisor_was_killed_finishes_however_long_it_takes(queue):
+    queue.configure(lock_timeout_s=2, poll_interval_ms=100, backoff_base=0.05)
+    enqueue(queue, "long", "sleep 4", max_retries=0)
+    first = queue.start()
+    eventually(lambda: queue.state("long") == "processing")
+    first.kill()
+    queue.run("worker", "stop", check=0)
+    assert queue.state("long") == "completed"
+
+
+def test_nobody_reads_what_the_workers_say_and_they_work_on(queue: Queue) -> None:
+    for number in range(60):
+        enqueue(queue, f"{number:03}" + "x" * 100, "true")
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, 1031, 4096)  # F_SETPIPE_SZ
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "queuectl.py"), "worker", "start", "--drain"],
+        stdout=writer, env=queue.environment,
+    )  # fmt: skip
+    os.close(writer)
+    assert process.wait(60) == 0
+    os.close(reader)
+    assert queue.states()["completed"] == 60
+
+
+def test_worker_stop_waits_only_for_those_it_asked(queue: Queue) -> None:
+    enqueue(queue, "a", "sleep 2")
+    queue.start()
+    eventually(lambda: queue.state("a") == "processing")
+    stop = subprocess.Popen(
+        [sys.executable, str(ROOT / "queuectl.py"), "worker", "stop"],
+        env=queue.environment, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    db = database.connect(queue.path)
+    eventually(lambda: database.supervisors(db)[0]["stop"] == 1)
+    db.close()
+    second = queue.start()
+    assert stop.wait(20) == 0
+    assert second.poll() is None
+
+
+def test_the_queue_is_removed_under_its_workers_and_they_leave(queue: Queue) -> None:
+    process = queue.start()
+    for name in ("queue.db", "queue.db-wal", "queue.db-shm"):
+        (queue.folder / name).unlink()
+    assert process.wait(20) in (0, 1)
+    for row in queue.sessions:
+        eventually(lambda row=row: not worker.session_members(row))
+    assert not (queue.folder / "queue.db").exists() or queue.workers() == []
+    for path in (queue.folder / "queue.db.run").glob("w*"):
+        path.unlink()  # of workers of a queue that is no more
+
+
+def test_ctrl_c_after_worker_stop_is_the_first_and_lets_the_job_finish(queue: Queue) -> None:
+    enqueue(queue, "a", "sleep 1.5")
+    process = queue.start()
+    eventually(lambda: queue.state("a") == "processing")
+    with pytest.raises(AssertionError):
+        queue.run("worker", "stop", "--timeout", "0.1s", check=0)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
+    assert queue.state("a") == "completed"
+
+
+def test_a_locale_without_the_commands_characters_is_no_trouble(queue: Queue) -> None:
+    queue.environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    job = json.dumps({"id": "\u2603", "command": "echo h\u00e9llo $QUEUECTL_JOB_ID"})
+    queue.run("enqueue", "-", stdin=job, check=0)
+    queue.drain()
+    [found] = queue.json("list")
+    assert found["stdout"] == "h\u00e9llo \u2603\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_trouble(queue: Queue, closed: str) -> None:
+    program = f"{sys.executable} {ROOT}/queuectl.py"
+    script = f"{program} enqueue --command true {closed} && {program} worker start --drain {closed}"
+    done = subprocess.run(["sh", "-c", script], env=queue.environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert queue.states()["completed"] == 1
