@@ -162,6 +162,7 @@ def connect(path: str, durable: bool = True) -> sqlite3.Connection:
     db = sqlite3.connect(os.path.abspath(path), timeout=BUSY_TIMEOUT_S, isolation_level=None)
     try:
         db.row_factory = sqlite3.Row
+        db.text_factory = lambda data: data.decode(errors="replace")  # bytes may have been flipped
         db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         if identity(db) != (APPLICATION_ID, VERSION):
             migrate(db, path)
@@ -210,6 +211,11 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
         if db.in_transaction:  # SQLite has rolled back by itself after a full disk, say
             db.execute("ROLLBACK")
         raise
+
+
+def is_damage(error: Exception) -> bool:
+    """Say whether an error is one that no second try will mend."""
+    return any(sign in str(error) for sign in ("malformed", "not a database", "is damaged"))
 
 
 def error_text(error: Exception, path: str) -> str:
@@ -516,11 +522,15 @@ def register_worker(
     db: sqlite3.Connection, supervisor: int, pid: int, birth: str, now: float
 ) -> str:
     """Return the new worker's name, never used before in this queue: w1, w2, ..."""
-    number = db.execute(
-        "INSERT INTO workers (supervisor, pid, birth, started_at) VALUES (?, ?, ?, ?)",
-        (supervisor, pid, birth, now),
-    ).lastrowid
-    return f"w{number}"
+    added = db.execute(
+        """
+        INSERT INTO workers (supervisor, pid, birth, started_at)
+        SELECT id, :pid, :birth, :now FROM supervisors WHERE id = :supervisor""",
+        {"supervisor": supervisor, "pid": pid, "birth": birth, "now": now},
+    )
+    if added.rowcount != 1:  # gone, and forgotten by another: nobody would know of this worker
+        raise QueueError("the supervisor of this worker is gone")
+    return f"w{added.lastrowid}"
 
 
 def beat(db: sqlite3.Connection, supervisor: int, now: float) -> None:
@@ -750,15 +760,24 @@ INVARIANTS = {
 
 def check(db: sqlite3.Connection, path: str) -> Iterator[tuple[str, str]]:
     """Yield (what was checked, what is wrong with it or "") for the file and the invariants."""
-    damage = "; ".join(row[0] for row in db.execute("PRAGMA integrity_check(5)"))
+
+    def found(query: str, where: str = "") -> str:
+        rows, error = [], ""
+        try:
+            for row in db.execute(query):
+                rows.append(str(row[0]))
+        except sqlite3.Error as problem:  # the file is damaged; what came before it counts, too
+            error = f" {problem}"
+        return (where + ", ".join(rows) if rows else "") + error
+
+    damage = found("PRAGMA integrity_check(5)")
     yield "the file is whole (PRAGMA integrity_check)", "" if damage == "ok" else damage
     version = identity(db)[1]
     yield f"its schema is version {VERSION}", "" if version == VERSION else f"it is {version}"
     others = stat.S_IMODE(os.stat(path).st_mode) & 0o022
     yield "only its owner can write it", f"chmod go-w {path}" if others else ""
     for name, query in INVARIANTS.items():
-        broken = [str(row[0]) for row in db.execute(query + " LIMIT 3")]
-        yield name, "found in " + ", ".join(broken) if broken else ""
+        yield name, found(query + " LIMIT 3", "found in ")
 
 
 if __name__ == "__main__":

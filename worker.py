@@ -34,6 +34,7 @@ BUSY_TICK_S = 0.1  # how late a timeout or a cancel may be noticed
 IDLE_TICK_S = 0.5
 OUTPUT_BOUND = 16 * 2**20  # bytes on disk of an output file, beyond the end of it that is kept
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+DAMAGED = 3  # a worker's exit code: the queue is beyond trying again
 NOT_COUNTED = ("stopped", "stopped with its worker; not counted")
 
 
@@ -68,6 +69,7 @@ class Supervisor:
         self.silences: dict[int, tuple[float, float]] = {}  # supervisor: (heartbeat, silent for)
         self.stopped_at: dict[int, float] = {}  # pid: since when it was seen stopped
         self.signals = self.asked = 0  # 1: finish the running jobs and leave; 2: put them back now
+        self.fatal = ""  # why there is no point in going on
         self.trouble = ""  # what was said last of a database that cannot be used
         self.busy = False
         self.looked_at = self.beat_at = self.spawn_at = 0.0
@@ -83,6 +85,8 @@ class Supervisor:
         with opened(self.path) as db:
             database.remove_supervisor(db, self.id)
         self.say("supervisor", self.pid, "left", "")
+        if self.fatal:
+            raise QueueError(self.fatal)
 
     def begin(self) -> None:
         import resource
@@ -170,6 +174,8 @@ class Supervisor:
             if text != self.trouble:
                 self.trouble = text
                 self.say("supervisor", self.pid, "trouble", text)
+            if database.is_damage(error):
+                self.asked, self.fatal = max(self.asked, 1), text
             if self.stopping:
                 for pid in list(self.children):
                     self.reap(pid)  # what it held waits in the database for the next supervisor
@@ -240,7 +246,9 @@ class Supervisor:
             return *NOT_COUNTED, None
         if row["cancelling"]:
             return "cancelled", "cancelled", row["run"]
-        if row["run"] and 0 < row["timeout_s"] < mono - row["started_mono"]:
+        late = row["run"] and 0 < row["timeout_s"] < mono - row["started_mono"]
+        # A worker that is alone in its session holds a result for which there is no room yet.
+        if late and len(session_members(row["pid"])) > 1:
             return "failed", f"timed out after {duration_text(row['timeout_s'])}", row["run"]
         return None
 
@@ -287,10 +295,10 @@ class Supervisor:
             record(db, run, result, self.settings, self.say, row["pid"])
         elif code:
             self.say(name, row["pid"], "lost", ending.error)
-        database.remove_worker(db, name)
         for output in output_paths(self.path, name):
             with suppress(FileNotFoundError):
                 os.unlink(output)
+        database.remove_worker(db, name)  # last: as long as the row is there, somebody cleans up
         del self.endings[name]
 
     def reap(self, pid: int) -> int | None:
@@ -299,6 +307,8 @@ class Supervisor:
         if child is None or child.exitcode is None:
             return None
         del self.children[pid]
+        if child.exitcode == DAMAGED:
+            self.asked, self.fatal = max(self.asked, 1), f"{self.path} is damaged; see `doctor`"
         if child.exitcode == 1:  # a worker that fails by itself is not replaced in a hurry
             self.spawn_at = time.monotonic() + 1
         return child.exitcode
@@ -362,7 +372,11 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
 
     make_run_directory(path)
     log = os.path.join(run_directory(path), "workers.log")
-    with os.fdopen(safe_open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND), "r+b", 0) as file:
+    try:
+        handle = safe_open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    except OSError as error:
+        raise QueueError(f"{log}: {error.strerror}; remove it") from None
+    with os.fdopen(handle, "r+b", 0) as file:
         log_start = file.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             [sys.executable, os.path.join(os.path.dirname(__file__), "queuectl.py"), *arguments],
@@ -452,6 +466,8 @@ def work(supervisor: Supervisor) -> None:
                 due_at = database.next_due_at(db)
         except database.SQLiteError as error:
             say(name, pid, "trouble", database.error_text(error, path))
+            if database.is_damage(error):
+                raise SystemExit(DAMAGED) from None
         if run is None:
             rest(desk, [wake, supervisor.lifeline], due_at, settings["poll_interval_ms"] / 1000)
             continue
@@ -491,15 +507,19 @@ def run_one(
         last_line = err[-500:].decode(errors="replace").strip().rpartition("\n")[2]
         error = signal_text(code) + (last_line and f": {last_line}")
     outcome = "failed" if error else "completed"
-    result = Result(outcome, code, error, out, err, out_size, err_size)
+    result, kept = Result(outcome, code, error, out, err, out_size, err_size), False
     while True:
         try:
             ended = record(db, run, result, settings, say, os.getpid())
             break
         except database.SQLiteError as trouble:
             # It has run: keep the result until there is room for it, and claim nothing meanwhile.
-            told = f"{run.job}: result kept: {database.error_text(trouble, desk.path)}"
-            say(run.worker, os.getpid(), "trouble", told)
+            # Its output files may be what takes the room.
+            if not kept:
+                told = f"{run.job}: result kept: {database.error_text(trouble, desk.path)}"
+                say(run.worker, os.getpid(), "trouble", told)
+            kept = True
+            desk.clear()
             time.sleep(0.5)
     # After the record and before the next claim: so whoever reads the file of a run that is still
     # open in the database never sees another run's output.
@@ -625,9 +645,13 @@ def safe_open(path: str, flags: int) -> int:
 
 def open_bell(path: str, flags: int) -> int | None:
     try:
-        return safe_open(os.path.join(run_directory(path), "bell"), flags | os.O_NONBLOCK)
+        bell = safe_open(os.path.join(run_directory(path), "bell"), flags | os.O_NONBLOCK)
     except OSError:
         return None  # nobody listens, or no FIFOs here
+    if stat.S_ISFIFO(os.fstat(bell).st_mode):
+        return bell
+    os.close(bell)  # something else was planted there
+    return None
 
 
 def ring(path: str, times: int = 1) -> None:

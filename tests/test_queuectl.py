@@ -210,6 +210,7 @@ $ list --ready
 ID   STATE    ATTEMPTS  DUE  COMMAND
 bad  pending  0         now  echo no >&2; exit 3
 $ wait --timeout 10ms
+! no worker is running; `worker start` starts one
 ! Error: after SPAN 1 of 5 jobs not settled
 [1]
 $ prune --older-than 1d

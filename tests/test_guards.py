@@ -1,0 +1,256 @@
+"""Guards that no other test misses when they are taken away: see mutants.tsv."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Queue, eventually
+from test_worker import claimed, enqueue, settler
+
+import config
+import database
+import worker
+
+WRITE = "UPDATE supervisors SET stop = 1"
+PATCHED = """import os, signal, subprocess, sys
+sys.path.insert(0, {root!r})
+import database, queuectl, worker
+{patch}
+queuectl.main()
+"""
+
+
+def start_patched(queue: Queue, patch: str) -> None:
+    """`worker start` with a change worked in; the queue's last check ends it."""
+    program = queue.folder / "patched.py"
+    program.write_text(PATCHED.format(root=str(ROOT), patch=patch))
+    with open(queue.folder / "log", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(program), "worker", "start"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=queue.environment,
+            cwd=queue.folder,
+            start_new_session=True,
+        )
+    process.log = queue.folder / "log"
+    queue.supervisors.append(process)
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def is_running(pid: int) -> bool:
+    """Ask the kernel, not the product: the product's own look may be what is broken."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return subprocess.run(["ps", "-p", str(pid)], capture_output=True).returncode == 0
+    return state not in "ZX"
+
+
+# --- the memory ------------------------------------------------------------------------------
+
+
+def test_a_transaction_has_the_lock_from_its_first_moment(tmp_path: Path) -> None:
+    """Else it reads, another writes, and its own write fails at once, however long it may wait."""
+    path = str(tmp_path / "queue.db")
+    with closing(database.connect(path)) as one, closing(database.connect(path)) as other:
+        other.execute("PRAGMA busy_timeout = 0")
+        with database.transaction(one):
+            one.execute("SELECT count(*) FROM jobs").fetchone()
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                other.execute(WRITE)
+            one.execute(WRITE)
+
+
+def test_who_finds_the_queue_locked_waits_for_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "queue.db")
+    script = """import sqlite3, sys, time
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("BEGIN IMMEDIATE"); print(flush=True); time.sleep(0.3); db.execute("COMMIT")"""
+    with closing(database.connect(path)) as db:
+        holder = subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE)
+        holder.stdout.readline()
+        db.execute(WRITE)  # raises if it does not wait
+        assert holder.wait() == 0
+        holder.stdout.close()
+
+
+# --- the supervisor --------------------------------------------------------------------------
+
+
+def test_a_session_is_emptied_of_every_process_group_in_it(queue: Queue) -> None:
+    """A shell with `set -m`, or timeout(1), makes groups of its own: the session holds them all.
+
+    And this one is deaf to SIGTERM, but the time for asking is over.
+    """
+    enqueue(queue, "a", "true")
+    command = ["bash", "-c", "trap '' TERM; set -m; sleep 300 & echo $!; wait"]
+    leader = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    child = int(leader.stdout.readline())
+    leader.stdout.close()
+    try:
+        assert (os.getpgid(child), os.getsid(child)) == (child, leader.pid)
+        db, run = claimed(queue, leader.pid, worker.process_birth(leader.pid))
+        looks = settler(queue)[0]
+        row = database.workers(db)[0]
+        looks.endings[run.worker] = worker.Ending(row, "failed", "timed out", None, kill_at=0)
+        eventually(lambda: looks.tick(db, time.time(), 1) or queue.state("a") == "failed", "", 5)
+        db.close()
+        leader.wait()
+        assert not is_running(child), "the job may run again, and a process of its run lives"
+    finally:
+        leader.kill()
+        leader.wait()
+        if is_running(child):
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_process_that_slips_by_one_look_is_seen_by_the_next(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue(queue, "a", "true")
+    db, _ = claimed(queue, dead_pid())
+    looks = settler(queue)[0]
+    ending = worker.Ending(database.workers(db)[0], "failed", "timed out", None, kill_at=1e9)
+    db.close()
+    seen = [[], [dead_pid()], [], []]  # it has forked and gone while the first look went by
+    with monkeypatch.context() as patched:
+        patched.setattr(worker, "session_members", lambda _: seen.pop(0))
+        assert not looks.emptied(ending, 0)
+        assert looks.emptied(ending, 0)
+    looks.look()
+    assert queue.state("a") == "failed"
+
+
+def test_two_supervisors_hear_each_other_and_neither_takes_the_others_jobs(queue: Queue) -> None:
+    enqueue(queue, "a", "true")
+    bystander = subprocess.Popen(["sleep", "300"], start_new_session=True)  # worker and owner
+    try:
+        db, _ = claimed(queue, bystander.pid, worker.process_birth(bystander.pid))
+        (owner, _), (other, told) = settler(queue), settler(queue)
+        owner.id = database.supervisors(db)[0]["id"]
+        for second in range(100):
+            owner.tick(db, 1e9 + second, second)
+            other.tick(db, 1e9 + second, second)
+        db.close()
+        assert (told, queue.state("a")) == ([], "processing")
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_silent_supervisor_is_lost_and_a_machine_that_slept_makes_nobody_silent(
+    queue: Queue,
+) -> None:
+    enqueue(queue, "a", "true")
+    bystander = subprocess.Popen(["sleep", "300"], start_new_session=True)
+    try:
+        db, _ = claimed(queue, bystander.pid, worker.process_birth(bystander.pid))
+        looks = settler(queue)[0]
+        looks.tick(db, time.time(), 1)
+        looks.tick(db, time.time(), 1e6)
+        assert (looks.endings, bystander.poll()) == ({}, None)
+        for second in range(1, 40):
+            looks.tick(db, time.time(), 1e6 + second)
+        assert bystander.wait(timeout=5) == -signal.SIGKILL
+        eventually(lambda: looks.tick(db, time.time(), 2e6) or queue.state("a") == "failed")
+        db.close()
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_signal_comes_between_the_fork_and_the_workers_own_handlers(queue: Queue) -> None:
+    patch = """
+real = worker.work
+def told_at_once(supervisor):
+    if not os.path.exists("told"):
+        open("told", "x").close()
+        os.kill(os.getpid(), signal.SIGTERM)
+    real(supervisor)
+worker.work = told_at_once"""
+    start_patched(queue, patch)
+    left = lambda: [row["worker"] for row in queue.workers()] == ["w2"]  # noqa: E731
+    eventually(left, "the first worker has heard it and left", 15)
+
+
+# --- the worker ------------------------------------------------------------------------------
+
+
+def test_a_job_comes_between_a_workers_look_and_its_sleep(queue: Queue) -> None:
+    """It rings while the worker sees an empty queue: the ring must not be lost."""
+    queue.configure(poll_interval_ms=60_000)
+    patch = f"""
+real = database.claim
+def claim(*arguments):
+    found = real(*arguments)
+    if not os.path.exists("rung"):
+        open("rung", "x").close()
+        words = [{str(ROOT / "queuectl.py")!r}, "enqueue", "--id", "a", "--command", "true"]
+        subprocess.run([sys.executable, *words], check=True)
+    return found
+database.claim = claim"""
+    start_patched(queue, patch)
+    eventually(lambda: queue.states()["completed"], "it has run, and not waited for a poll", 20)
+
+
+def test_a_runs_output_is_there_until_its_result_is(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the worker dies with the result in its hands, the supervisor still finds the output."""
+    enqueue(queue, "a", "echo hello")
+    db, run = claimed(queue, dead_pid())
+    finish, output, seen = database.finish, Path(queue.path + ".run", run.worker + ".out"), []
+
+    def look_and_finish(*arguments: object) -> tuple[str, float] | None:
+        seen.append(output.read_bytes())
+        return finish(*arguments)
+
+    monkeypatch.setattr(database, "finish", look_and_finish)
+    desk = worker.Desk(queue.path, run.worker)
+    worker.run_one(db, run, desk, config.load(queue.config), lambda *_: None)
+    db.close()
+    assert seen == [b"hello\n"]
+    assert output.read_bytes() == b"", "cleared for the next run"
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def test_a_planted_link_is_neither_read_nor_written_through(queue: Queue) -> None:
+    secret, run = queue.folder / "secret", Path(queue.path + ".run")
+    secret.write_text("secret")
+    run.mkdir(0o700)
+    for name in ("w1.out", "w1.err", "workers.log"):
+        (run / name).symlink_to(secret)
+    assert worker.read_outputs(queue.path, "w1", 100) == (b"", b"", 0, 0)
+    with pytest.raises(OSError):
+        worker.safe_open(str(run / "workers.log"), os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    assert secret.read_text() == "secret"
+    for name in ("w1.out", "w1.err", "workers.log"):
+        (run / name).unlink()
+
+
+@pytest.mark.parametrize("name, mode", [("queue.db", 0o602), ("queue.db.run", 0o770)])
+def test_a_queue_that_others_can_write_is_not_worked_on(queue: Queue, name: str, mode: int) -> None:
+    database.connect(queue.path).close()
+    worker.make_run_directory(queue.path)
+    os.chmod(queue.folder / name, mode)
+    with pytest.raises(database.QueueError, match="others can write"):
+        worker.make_run_directory(queue.path)
+    os.chmod(queue.folder / name, 0o700)
