@@ -67,9 +67,12 @@ KINDS = {
 class Chaos:
     """One storm over one queue."""
 
-    def __init__(self, seconds: float, seed: int, jobs: int, supervisors: int, workers: int):
+    def __init__(
+        self, seconds: float, seed: int, jobs: int, supervisors: int, workers: int,
+        keep: bool = False,
+    ):  # fmt: skip
         self.random = random.Random(seed)
-        self.seconds, self.jobs, self.workers = seconds, jobs, workers
+        self.seconds, self.jobs, self.workers, self.keep = seconds, jobs, workers, keep
         self.folder = Path(tempfile.mkdtemp(prefix="chaos-"))
         self.path, self.ledger = str(self.folder / "queue.db"), self.folder / "ledger"
         (self.folder / "config.json").write_text(json.dumps(SETTINGS))
@@ -85,9 +88,27 @@ class Chaos:
         self.acknowledged: set[str] = set()
         self.sessions: set[int] = set()
         self.kills: Counter[str] = Counter()
-        self.deaths: list[tuple[float, str, str]] = []  # (when, job, "worker" or "all")
-        self.storm = True
+        self.deaths: list[tuple[float, str, int]] = []  # (when, job, its supervisor; 0: all died)
+        self.absences: list[tuple[float, float, int]] = []  # (from, to, supervisor hit or stopped)
+        self.storm, self.runs = True, 0
         self.failures: list[str] = []
+
+    def __enter__(self) -> Chaos:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave nothing behind, however the storm came to its end."""
+        self.storm = False
+        for process in self.supervisors:
+            if process and process.poll() is None:
+                process.kill()
+        for session in self.sessions:
+            for pid in worker.session_members(session):
+                worker.send(pid, signal.SIGKILL)
+        if self.keep:
+            print(self.folder)
+        else:
+            shutil.rmtree(self.folder)
 
     # --- what is broken --------------------------------------------------------------------
 
@@ -153,7 +174,7 @@ class Chaos:
         if what == "worker" and busy:
             victim = self.random.choice(busy)
             if how == "KILL" and victim["job"]:
-                self.deaths.append((time.time(), victim["job"], "worker"))
+                self.deaths.append((time.time(), victim["job"], victim["supervisor_pid"]))
             self.hit(what, how, [victim])
         elif what == "enqueuer" and self.enqueuers:
             process = self.enqueuers[-1]
@@ -162,13 +183,14 @@ class Chaos:
                 self.kills[f"{how} {what}"] += 1
         elif what == "all":
             for number in living:
+                self.miss(self.supervisors[number].pid)
                 self.supervisors[number].kill()
             rows = self.look()
             self.hit(what, "KILL", rows)
             for process in self.supervisors:
                 process.wait()
             self.start(0)
-            self.deaths += [(time.time(), row["job"], "all") for row in rows if row["job"]]
+            self.deaths += [(time.time(), row["job"], 0) for row in rows if row["job"]]
             for number in range(1, len(self.supervisors)):
                 self.start(number)
         elif living and what in ("supervisor", "both"):
@@ -176,6 +198,7 @@ class Chaos:
             pid = self.supervisors[number].pid
             mine = [row for row in rows if row["supervisor_pid"] == pid] if what == "both" else []
             if how == "KILL":  # until its workers are lost, nobody will settle what they hold
+                self.miss(pid)
                 self.supervisors[number].kill()
                 self.supervisors[number].wait()
             self.hit(what, how, mine, [] if how == "KILL" else [pid])
@@ -186,10 +209,16 @@ class Chaos:
         for pid in pids:
             self.signal(pid, how)
 
+    def miss(self, pid: int, span: float = float("inf")) -> None:
+        self.absences.append((time.time(), time.time() + span, pid))
+
     def signal(self, pid: int, how: str) -> None:
+        if how == "TERM":
+            self.miss(pid)  # one that is leaving replaces no workers
         worker.send(pid, getattr(signal, "SIG" + how))
         if how == "STOP":
             birth, span = worker.process_birth(pid), self.random.uniform(0.1, 2 * LOCK_TIMEOUT_S)
+            self.miss(pid, span)
 
             def wake() -> None:
                 if worker.process_birth(pid) == birth:
@@ -268,11 +297,12 @@ class Chaos:
         kills = ", ".join(f"{count} {name}" for name, count in sorted(self.kills.items()))
         print(f"jobs              {len(jobs)} ({len(self.acknowledged)} acknowledged)")
         print(f"kills             {sum(self.kills.values())}: {kills}")
-        print(f"runs              {sum(map(len, runs.values()))}")
+        self.runs = sum(map(len, runs.values()))
+        print(f"runs              {self.runs}")
         print(f"overlaps          {len(overlaps)}")
         print(f"lost              {len(lost)}")
-        for cause, told in (("worker", "a worker's death"), ("all", "all were killed")):
-            spans = self.recoveries(runs, cause)
+        for one, told in ((True, "a worker's death"), (False, "all were killed")):
+            spans = self.recoveries(runs, one)
             if spans:
                 middle = sorted(spans)[len(spans) // 2]
                 print(f"re-run after {told}: {len(spans)}, median {middle:.2f} s,"
@@ -316,15 +346,19 @@ class Chaos:
                 if row["finished_at"] is None:
                     self.failures.append(f"{job} has an open run")
 
-    def recoveries(self, runs: dict[str, list], cause: str) -> list[float]:
-        """Seconds from each kill to the begin of the next run of the job that was hit."""
+    def recoveries(self, runs: dict[str, list], one: bool) -> list[float]:
+        """Seconds from each kill to the begin of the next run of the job that was hit: of `one`
+        worker while its supervisor lived and was left alone, or of all."""
         spans = []
-        for when, job, why in self.deaths:
-            if why != cause or "lost" not in " ".join(str(row["error"]) for row in runs[job]):
-                continue
+        for when, job, supervisor in self.deaths:
             later = [row["started_at"] for row in runs[job] if row["started_at"] > when]
-            hit = [row for row in runs[job] if row["started_at"] <= when + 0.2]
-            if later and hit and "lost" in str(hit[-1]["error"]):
+            hit = [row for row in runs[job] if row["started_at"] <= when]
+            if bool(supervisor) != one or not later or not hit:
+                continue
+            if "lost" not in str(hit[-1]["error"]):
+                continue
+            away = [pid for begin, end, pid in self.absences if begin < min(later) and when < end]
+            if supervisor not in away:
                 spans.append(min(later) - when)
         return spans
 
@@ -342,18 +376,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--keep", action="store_true", help="keep the queue and the ledger")
     given = vars(parser.parse_args())
-    keep = given.pop("keep")
-    chaos = Chaos(**given)
-    try:
-        good = chaos.run()
-    finally:
-        for process in chaos.supervisors:
-            if process and process.poll() is None:
-                process.kill()
-        if keep:
-            print(chaos.folder)
-        else:
-            shutil.rmtree(chaos.folder)
+    with Chaos(**given) as storm:
+        good = storm.run()
     sys.exit(0 if good else 1)
 
 
