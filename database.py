@@ -164,6 +164,7 @@ def connect(path: str, durable: bool = True) -> sqlite3.Connection:
         db.row_factory = sqlite3.Row
         db.text_factory = lambda data: data.decode(errors="replace")  # bytes may have been flipped
         db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages; each stops us for some 10 ms
         if identity(db) != (APPLICATION_ID, VERSION):
             migrate(db, path)
     except BaseException as error:
@@ -203,6 +204,10 @@ def migrate(db: sqlite3.Connection, path: str) -> None:
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """One transaction; inside of another it is a part of that."""
+    if db.in_transaction:
+        yield
+        return
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -320,13 +325,15 @@ def claim(db: sqlite3.Connection, worker: str, now: float, mono: float) -> tuple
         # Look, without a lock.
         best = db.execute(
             """
-            SELECT seq, run_at FROM jobs WHERE due = 1
+            SELECT seq, id AS job, attempts + 1 AS attempt, max_retries, backoff_base, command, cwd,
+                   run_at AS due_at
+            FROM jobs WHERE due = 1
             ORDER BY priority DESC, run_at, seq LIMIT 2"""
         ).fetchall()
         if not best:
             return None, False
         # Take: of all that saw the same job, one finds it still waiting and changes one row.
-        seen = {"seq": best[0]["seq"], "run_at": best[0]["run_at"]}
+        new = {**best[0], "worker": worker, "now": now, "mono": mono}
         with transaction(db):
             taken = db.execute(
                 """
@@ -336,17 +343,17 @@ def claim(db: sqlite3.Connection, worker: str, now: float, mono: float) -> tuple
                     started_at = :now, finished_at = NULL, updated_at = :now
                 WHERE seq = :seq
                   AND state IN ('pending', 'failed')  -- nobody was faster,
-                  AND run_at = :run_at  -- nor has it run and failed since, to wait again""",
-                seen | {"worker": worker, "now": now},
+                  AND run_at = :due_at AND attempts + 1 = :attempt  -- nor has it run since""",
+                new,
             ).rowcount
             if taken == 1:
-                db.execute(
+                run = db.execute(
                     """
                     INSERT INTO runs (job, attempt, worker, due_at, started_at, started_mono)
-                    SELECT seq, attempts, worker, run_at, :now, :mono FROM jobs WHERE seq = :seq""",
-                    seen | {"now": now, "mono": mono},
-                )
-                return held_by(db, worker), len(best) > 1
+                    VALUES (:seq, :attempt, :worker, :due_at, :now, :mono)""",
+                    new,
+                ).lastrowid
+                return Run(id=run, worker=worker, started_at=now, **best[0]), len(best) > 1
         # rowcount 0: another worker was faster; look again.
 
 
@@ -384,9 +391,9 @@ def finish(
         state = "dead"
     elif state == "failed":
         run_at = now + backoff_s(attempts, run.backoff_base, max_backoff_s) + jitter
-    new = dict(state=state, attempts=attempts, run_at=run_at, due=None, now=now, run=run.id)
-    if state in ("failed", "pending"):
-        new["due"] = int(run_at <= now)
+    due = int(run_at <= now) if state in ("failed", "pending") else None
+    new = dict(state=state, attempts=attempts, run_at=run_at, due=due, now=now, run=run.id)
+    new |= dict(seq=run.seq, worker=run.worker, attempt=run.attempt, **result._asdict())
     with transaction(db):
         owned = db.execute(
             """
@@ -395,7 +402,7 @@ def finish(
                 exit_code = :exit_code, last_error = :error, finished_at = :now, updated_at = :now
             WHERE seq = :seq
               AND state = 'processing' AND worker = :worker AND attempts = :attempt""",
-            new | result._asdict() | run._asdict(),
+            new,
         ).rowcount
         if owned != 1:
             return None
@@ -406,17 +413,18 @@ def finish(
                 stdout = :stdout, stderr = :stderr,
                 stdout_bytes = :stdout_bytes, stderr_bytes = :stderr_bytes
             WHERE id = :run AND finished_at IS NULL""",
-            new | result._asdict(),
+            new,
         )
         db.execute("UPDATE workers SET jobs_done = jobs_done + 1 WHERE id = ?", (run.worker[1:],))
-        # Asked to be cancelled while it ran, and not completed: it must not run again.
-        cancelled = db.execute(
-            """
-            UPDATE jobs SET state = 'cancelled', due = NULL, cancelling = 0
-            WHERE seq = :seq AND cancelling = 1 AND state IN ('pending', 'failed', 'dead')""",
-            {"seq": run.seq},
-        ).rowcount
-    return "cancelled" if cancelled else state, run_at
+        if state != "completed":  # and asked to be cancelled while it ran: it must not run again
+            cancelled = db.execute(
+                """
+                UPDATE jobs SET state = 'cancelled', due = NULL, cancelling = 0
+                WHERE seq = :seq AND cancelling = 1""",
+                {"seq": run.seq},
+            ).rowcount
+            state = "cancelled" if cancelled else state
+    return state, run_at
 
 
 def backoff_s(attempts: int, backoff_base: float, max_backoff_s: float) -> float:

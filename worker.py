@@ -292,7 +292,7 @@ class Supervisor:
             lost = error.startswith("worker lost")  # then nobody knows how the command ended
             outputs = read_outputs(self.path, name, int(self.settings["output_limit_bytes"]))
             result = Result(outcome, None if lost else -ending.last_signal, error, *outputs)
-            record(db, run, result, self.settings, self.say, row["pid"])
+            self.say(name, row["pid"], *record(db, run, result, self.settings))
         elif code:
             self.say(name, row["pid"], "lost", ending.error)
         for output in output_paths(self.path, name):
@@ -408,13 +408,14 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
 
 
 class Desk:
-    """What one worker process holds open: two output files and the bell."""
+    """What one worker process works with: the queue, two output files, and the bell."""
 
-    def __init__(self, path: str, name: str):
-        self.path, self.paths = path, output_paths(path, name)
+    def __init__(self, db: Any, path: str, name: str, settings: Settings, say: Say):
+        self.db, self.path, self.name, self.settings = db, path, name, settings
+        self.say = lambda verb, text: say(name, os.getpid(), verb, text)
+        self.paths = output_paths(path, name)
         self.outputs = [self.make(output) for output in self.paths]
         self.bell = open_bell(path, os.O_RDWR)  # for writing too: else it ends with each writer
-        self.environment = dict(os.environb)
 
     def make(self, path: str) -> int:
         # Files, not pipes: a background child cannot block us, memory stays flat, and the
@@ -432,6 +433,13 @@ class Desk:
             elif size:
                 os.ftruncate(handle, 0)
 
+    def claim(self) -> Run | None:
+        run, more = database.claim(self.db, self.name, time.time(), time.monotonic())
+        if more and self.bell is not None:
+            with suppress(BlockingIOError):  # full of rings as it is
+                os.write(self.bell, b"!")  # two jobs that came at once need two workers
+        return run
+
 
 def work(supervisor: Supervisor) -> None:
     """The life of one worker process: claim, run, record, until told to leave."""
@@ -444,42 +452,47 @@ def work(supervisor: Supervisor) -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # handled: ignored, it would be so in jobs
             signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    adopt_orphans()
     os.close(supervisor.lifeline_write)
-    path, say, settings, pid = supervisor.path, supervisor.say, supervisor.settings, os.getpid()
+    path, pid = supervisor.path, os.getpid()
     try:
         make_run_directory(path)  # again: somebody may have removed it meanwhile
         db = database.connect(path, durable=False)
-        name = database.register_worker(
-            db, supervisor.id, pid, process_birth(pid) or "", time.time()
-        )
-        desk = Desk(path, name)
+        birth = process_birth(pid) or ""
+        name = database.register_worker(db, supervisor.id, pid, birth, time.time())
+        desk = Desk(db, path, name, supervisor.settings, supervisor.say)
     except (OSError, QueueError, database.SQLiteError) as error:
-        say("worker", pid, "trouble", database.error_text(error, path))
+        supervisor.say("worker", pid, "trouble", database.error_text(error, path))
         raise SystemExit(1) from None
-    while not leave and os.getppid() == supervisor.pid:
-        run = due_at = None
+
+    def wanted() -> bool:
+        return not leave and os.getppid() == supervisor.pid
+
+    run = None
+    while run or wanted():
+        if run:
+            run = hand_in(desk, run, run_one(desk, run), wanted)
+            continue
+        due_at = None
         try:
-            run, more = database.claim(db, name, time.time(), time.monotonic())
+            run = desk.claim()
             if run is None:
                 if supervisor.drain and database.settled(db):
                     return
                 due_at = database.next_due_at(db)
         except database.SQLiteError as error:
-            say(name, pid, "trouble", database.error_text(error, path))
+            desk.say("trouble", database.error_text(error, path))
             if database.is_damage(error):
                 raise SystemExit(DAMAGED) from None
         if run is None:
-            rest(desk, [wake, supervisor.lifeline], due_at, settings["poll_interval_ms"] / 1000)
-            continue
-        if more:
-            ring(path)  # two jobs that came at once need two workers: wake the next
-        run_one(db, run, desk, settings, say)
+            rest(desk, [wake, supervisor.lifeline], due_at)
 
 
-def rest(desk: Desk, others: list[int], due_at: float | None, span: float) -> None:
+def rest(desk: Desk, others: list[int], due_at: float | None) -> None:
     """Sleep until the bell, a signal, the next job's time, or the poll interval is over."""
     import select
 
+    span = desk.settings["poll_interval_ms"] / 1000
     if due_at is not None:
         span = min(span, max(0.0, due_at - time.time()))
     waiting = select.poll()
@@ -491,49 +504,54 @@ def rest(desk: Desk, others: list[int], due_at: float | None, span: float) -> No
         drained(handle)
 
 
-def run_one(
-    db: Any, run: Run, desk: Desk, settings: Settings, say: Say
-) -> tuple[str, float] | None:
-    """Run one claimed job and record how it ended; return what database.finish returned."""
-    of = f"(run {run.attempt} of {run.max_retries + 1})"
-    say(run.worker, os.getpid(), "started", f"{run.job} {of}: {run.command}")
-    last_pid, began = newest_pid(), time.monotonic()
-    code, error = execute(run, desk)
-    if others_in_session(last_pid, began):
-        end_leftovers(run, settings["kill_grace_s"], say)
-    limit = int(settings["output_limit_bytes"])
+def run_one(desk: Desk, run: Run) -> Result:
+    """Run one claimed job to its end, with all that it has started."""
+    desk.say("started", f"{run.job} (run {run.attempt} of {run.max_retries + 1}): {run.command}")
+    code, error = execute(desk, run)
+    if has_children() and len(session_members(os.getpid())) > 1:
+        end_leftovers(desk)
+    limit = int(desk.settings["output_limit_bytes"])
     (out, out_size), (err, err_size) = [read_tail(handle, limit) for handle in desk.outputs]
     if code:
         last_line = err[-500:].decode(errors="replace").strip().rpartition("\n")[2]
         error = signal_text(code) + (last_line and f": {last_line}")
     outcome = "failed" if error else "completed"
-    result, kept = Result(outcome, code, error, out, err, out_size, err_size), False
+    return Result(outcome, code, error, out, err, out_size, err_size)
+
+
+def hand_in(desk: Desk, run: Run, result: Result, wanted: Callable[[], bool]) -> Run | None:
+    """Record how a run ended and take the next one, if `wanted`, in one transaction: with two,
+    workers would wait twice as often for each other."""
+    kept = False
     while True:
         try:
-            ended = record(db, run, result, settings, say, os.getpid())
+            with database.transaction(desk.db):
+                told = record(desk.db, run, result, desk.settings)
+                # Not sooner: if we are killed, these are all that is left of the run. Not later:
+                # who reads the files of an open run must never see the output of another.
+                desk.clear()
+                following = desk.claim() if wanted() else None
             break
         except database.SQLiteError as trouble:
             # It has run: keep the result until there is room for it, and claim nothing meanwhile.
             # Its output files may be what takes the room.
             if not kept:
-                told = f"{run.job}: result kept: {database.error_text(trouble, desk.path)}"
-                say(run.worker, os.getpid(), "trouble", told)
+                why = database.error_text(trouble, desk.path)
+                desk.say("trouble", f"{run.job}: result kept: {why}")
             kept = True
             desk.clear()
             time.sleep(0.5)
-    # After the record and before the next claim: so whoever reads the file of a run that is still
-    # open in the database never sees another run's output.
-    desk.clear()
-    return ended
+    desk.say(*told)
+    return following
 
 
-def execute(run: Run, desk: Desk) -> tuple[int | None, str | None]:
+def execute(desk: Desk, run: Run) -> tuple[int | None, str | None]:
     """Run the command to its end: (exit code, None), or (None, why it could not be started)."""
     import subprocess
 
     # As bytes: text would be encoded by the locale, which may not know its characters.
-    desk.environment[b"QUEUECTL_JOB_ID"] = run.job.encode()
-    desk.environment[b"QUEUECTL_ATTEMPT"] = str(run.attempt).encode()
+    os.environb[b"QUEUECTL_JOB_ID"] = run.job.encode()
+    os.environb[b"QUEUECTL_ATTEMPT"] = str(run.attempt).encode()
     try:
         done = subprocess.run(
             [b"/bin/sh", b"-c", run.command.encode()],
@@ -541,7 +559,6 @@ def execute(run: Run, desk: Desk) -> tuple[int | None, str | None]:
             stdout=desk.outputs[0],
             stderr=desk.outputs[1],
             cwd=run.cwd.encode(),
-            env=desk.environment,
         )
         return done.returncode, None
     except (OSError, ValueError) as problem:  # cwd gone, command too long, no more processes
@@ -550,36 +567,22 @@ def execute(run: Run, desk: Desk) -> tuple[int | None, str | None]:
         return None, f"cannot be started: {told}" + (f": {os.fsdecode(where)}" if where else "")
 
 
-def others_in_session(last_pid: int, began: float) -> bool:
-    """Say whether anything but this worker is left in its session, of what ran since `began`.
-
-    A look through /proc costs a tenth of a short job. But the kernel counts pids up: only those it
-    gave out since `last_pid` need be asked, unless so many were that it may have gone round.
-    """
-    now_last = newest_pid()
-    if last_pid < 0 or not 0 <= now_last - last_pid < 500 or time.monotonic() - began > 0.3:
-        return len(session_members(os.getpid())) > 1
-    return any(session_of(pid) == os.getpid() for pid in range(last_pid + 1, now_last + 1))
-
-
-def end_leftovers(run: Run, kill_grace_s: float, say: Say) -> None:
+def end_leftovers(desk: Desk) -> None:
     """End what a command left in the background: it would write into the next job's output, and
     run beside the next run of its own job."""
     asked: set[int] = set()
-    told, kill_at = False, time.monotonic() + kill_grace_s
+    told, kill_at = False, time.monotonic() + desk.settings["kill_grace_s"]
     while left := [pid for pid in session_members(os.getpid()) if pid != os.getpid()]:
         refused = push(left, asked, time.monotonic() >= kill_at)
         if refused and not told:
             pids = ", ".join(map(str, refused))
-            say(run.worker, os.getpid(), "waits", f"process {pids} may not be signalled")
+            desk.say("waits", f"process {pids} may not be signalled")
             told = True
         time.sleep(0.01)
 
 
-def record(
-    db: Any, run: Run, result: Result, settings: Settings, say: Say, pid: int
-) -> tuple[str, float] | None:
-    """Store how a run ended, and tell; None if it was no longer this worker's to record."""
+def record(db: Any, run: Run, result: Result, settings: Settings) -> tuple[str, str]:
+    """Store how a run ended, unless somebody else has; return what to say of it: verb and text."""
     import random
 
     jitter = random.uniform(0, settings["backoff_jitter"] * run.backoff_base)
@@ -597,8 +600,7 @@ def record(
         told += f"; moved to the DLQ after {database.plural(run.attempt, 'run')}"
     elif verb == "ignored":
         told += "; somebody else has settled this run"
-    say(run.worker, pid, verb, told)
-    return ended
+    return verb, told
 
 
 # --- the run directory: bell, outputs, log ---------------------------------------------------
@@ -659,10 +661,8 @@ def ring(path: str, times: int = 1) -> None:
     bell = open_bell(path, os.O_WRONLY)
     if bell is None:
         return
-    try:
+    with suppress(BlockingIOError):  # full of rings as it is
         os.write(bell, b"!" * min(times, 512))
-    except BlockingIOError:
-        pass  # full of rings as it is
     os.close(bell)
 
 
@@ -771,13 +771,22 @@ def session_of(pid: int) -> int | None:
         return None
 
 
-def newest_pid() -> int:
-    """Return the pid that was given out last, or -1 where the system does not say."""
+def adopt_orphans() -> None:
+    """Become the parent of what our children leave behind (prctl(2), PR_SET_CHILD_SUBREAPER)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+
+
+def has_children() -> bool:
+    """Say whether a child is left, those that are dead forgotten; where none is adopted, maybe."""
     try:
-        with open("/proc/loadavg", "rb") as file:
-            return int(file.read().split()[-1])
-    except OSError:
-        return -1
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return sys.platform != "linux"
+    return True
 
 
 def process_status(pid: int) -> list[str] | None:

@@ -222,8 +222,9 @@ def test_a_runs_output_is_there_until_its_result_is(
         return finish(*arguments)
 
     monkeypatch.setattr(database, "finish", look_and_finish)
-    desk = worker.Desk(queue.path, run.worker)
-    worker.run_one(db, run, desk, config.load(queue.config), lambda *_: None)
+    settings, say = config.load(queue.config), lambda *_: None
+    desk = worker.Desk(db, queue.path, run.worker, settings, say)
+    worker.hand_in(desk, run, worker.run_one(desk, run), lambda: False)
     db.close()
     assert seen == [b"hello\n"]
     assert output.read_bytes() == b"", "cleared for the next run"

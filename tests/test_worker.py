@@ -202,9 +202,9 @@ def test_one_run_needs_no_pool_and_its_result_waits_for_room(
         return finish(*arguments)
 
     monkeypatch.setattr(database, "finish", finish_later)
-    desk = worker.Desk(queue.path, run.worker)
     say = lambda *words: told.append(words[2])  # noqa: E731
-    assert worker.run_one(db, run, desk, config.load(queue.config), say)[0] == "completed"
+    desk = worker.Desk(db, queue.path, run.worker, config.load(queue.config), say)
+    assert worker.hand_in(desk, run, worker.run_one(desk, run), lambda: True) is None
     db.close()
     assert told == ["started", "trouble", "completed"]
     assert queue.job("a")["stdout"] == "hello\n"
@@ -557,9 +557,9 @@ def test_a_worker_records_a_run_that_was_taken_from_it(queue: Queue) -> None:
     second = claimed(queue, gone.pid)
     second[0].close()
     done = database.Result("completed", 0)
-    assert worker.record(db, first, done, looks.settings, looks.say, gone.pid) is None
+    assert worker.record(db, first, done, looks.settings)[0] == "ignored"
     db.close()
-    assert told == ["failed", "ignored"]
+    assert told == ["failed"]
     assert (second[1].attempt, queue.state("a")) == (2, "processing")
 
 
