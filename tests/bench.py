@@ -27,13 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
-from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchtable import Row, chart, table  # noqa: E402
 
 import config  # noqa: E402
 import database  # noqa: E402
@@ -82,33 +83,8 @@ queuectl.main()
 """
 
 
-@dataclass
-class Row:
-    """One line of the table. `ours` and `beside` are what was measured, round by round."""
-
-    name: str
-    what: str
-    unit: str
-    ours: list[float]
-    against: str  # a rival's name, "ideal", "target", ...
-    beside: list[float]
-    target: str = ""  # of the ratio: ">= 0.9", "<= 1.25"; "": for information
-    remark: str = ""
-    ratio: float | None = field(init=False, default=None)
-    met: bool | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        if self.beside:
-            beside = self.beside if len(self.beside) == len(self.ours) else self.beside[:1]
-            beside = beside * (len(self.ours) // len(beside))
-            self.ratio = statistics.median(a / b for a, b in zip(self.ours, beside))
-        if self.ratio is not None and self.target:
-            sign, bound = self.target.split()
-            self.met = self.ratio >= float(bound) if sign == ">=" else self.ratio <= float(bound)
-
-
 class Bench:
-    """The measurements, each a method that adds rows; and what they share: a place and processes."""
+    """The measurements, each a method that adds rows; and what they share."""
 
     def __init__(self, folder: Path, quick: bool):
         self.folder, self.quick, self.rows = folder, quick, []
@@ -163,7 +139,7 @@ class Bench:
         return span
 
     def drained(self, command: str, count: int, workers: int = CORES) -> tuple[float, float]:
-        """Return the seconds of enqueueing these jobs and of draining them: worker start to exit."""
+        """Return the seconds of enqueueing these jobs and of draining them, from start to exit."""
         queue = self.place() / "queue.db"
         (queue.parent / "jobs").write_text(f"{command}\n" * count)
         enqueue = self.words(queue, "enqueue", "--lines", "--file", queue.parent / "jobs")
@@ -310,7 +286,8 @@ class Bench:
         path, began = str(self.folder / "big"), time.perf_counter()
         sizes = self.size(1_000_000), self.size(1_000_000), self.size(100_000)
         build(path, *sizes, self.size(1000))
-        progress(f"  built a queue of {sum(sizes):,} jobs in {time.perf_counter() - began:.0f} s")
+        told = f"a queue of {sum(sizes):,} jobs in {time.perf_counter() - began:.0f} s"
+        print(f"         built {told}", file=sys.stderr)
         return path
 
     def growth(self) -> None:
@@ -334,7 +311,10 @@ class Bench:
         self.add("growth", what, "/s", big, "empty queue", small, ">= 0.9")
 
     def commands(self) -> None:
-        """Commands that report, in the big queue, above the bare start-up (`--help`)."""
+        """Commands that report, in the big queue, above the start-up: `config get` reads no queue.
+
+        Not `--help`: laying out its text takes longer than `list` does.
+        """
         db = database.connect(self.big)
         job = database.job(db, self.size(500_000))["id"]
         db.close()
@@ -344,11 +324,10 @@ class Bench:
         }  # fmt: skip
         spans = {name: [] for name in asked}
         for _ in self.rounds(7):
-            bare = self.timed(self.words(self.big, "--help"))
+            bare = self.timed(self.words(self.big, "config", "get", "max-retries"))
             for name, words in asked.items():
-                spans[name].append(
-                    max(0.01, 1000 * (self.timed(self.words(self.big, *words)) - bare))
-                )
+                span = self.timed(self.words(self.big, *words))
+                spans[name].append(max(0.1, 1000 * (span - bare)))
         for name, ours in spans.items():
             bound = 300 if name == "status" else 150
             what = f"`{name}` above start-up"
@@ -474,6 +453,8 @@ def build(path: str, completed: int, later: int, lower: int, dead: int) -> None:
     db.execute("COMMIT")
     db.execute("PRAGMA journal_mode = WAL")
     db.close()
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())  # or the first checkpoint of a measurement would have to
 
 
 class Hand:
@@ -486,8 +467,10 @@ class Hand:
         self.run: database.Run | None = None
 
     def enqueue(self, count: int) -> None:
+        """Add jobs, and write the log of that into the file: it is not what is measured next."""
         job = config.check_job({"command": "true"}, config.load(""), "/")[0]
         database.enqueue(self.db, ((0, job) for _ in range(count)), time.time())
+        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def claim(self) -> None:
         self.run, _ = database.claim(self.db, self.name, time.time(), time.monotonic())
@@ -560,40 +543,8 @@ def reap(kill: bool = False) -> None:
             return
 
 
-# --- how it is told ----------------------------------------------------------------------------
-
-
 def p99(values: list[float]) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[98]
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def figure(values: list[float]) -> str:
-    """Return the median, and what it lies between."""
-    if not values:
-        return "absent"
-    spread = f" ({number(min(values))} to {number(max(values))})" if len(values) > 1 else ""
-    return number(statistics.median(values)) + spread
-
-
-def verdict(row: Row) -> str:
-    return {True: "met", False: "MISSED", None: "-"}[row.met]
-
-
-def table(rows: list[Row]) -> str:
-    lines = [["WHAT", "QUEUECTL", "BESIDE", "RATIO", "TARGET", "", "REMARK"]]
-    for row in rows:
-        beside = f"{row.against} {figure(row.beside)}"
-        ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
-        ours = f"{figure(row.ours)} {row.unit}"
-        lines.append([row.what, ours, beside, ratio, row.target, verdict(row), row.remark])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
-    )
 
 
 def about() -> dict[str, object]:
@@ -610,49 +561,6 @@ def about() -> dict[str, object]:
     }
 
 
-STYLE = """
-    text { font: 12px system-ui, sans-serif; fill: #1f2328 }
-    .small { font-size: 11px; fill: #59636e }
-    .ours { fill: #1a7f4b } .beside { fill: #afb8c1 } .missed { fill: #bc4c00 }
-    @media (prefers-color-scheme: dark) {
-      text { fill: #e6edf3 } .small { fill: #9198a1 }
-      .ours { fill: #3fb96f } .beside { fill: #57606a } .missed { fill: #f0883e }
-    }"""
-
-
-def chart(rows: list[Row], facts: dict[str, object]) -> str:
-    """Return an SVG: for each row two bars, queuectl's and the other's, to a scale of their own."""
-    rows = [row for row in rows if row.beside]
-    height, versions = 50 + 40 * len(rows), facts["versions"]
-    head = f"queuectl on {CORES} cores: " + ", ".join(f"{k} {v}" for k, v in versions.items())
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{height}"'
-        f' viewBox="0 0 860 {height}" role="img" aria-label="queuectl beside its rivals">',
-        f"<style>{STYLE}\n</style>",
-        f'<text x="10" y="20" class="small">{escape(head)}</text>',
-    ]
-    for place, row in enumerate(rows):
-        top = 40 + 40 * place
-        ours, beside = statistics.median(row.ours), statistics.median(row.beside)
-        parts.append(f'<text x="10" y="{top + 11}">{escape(row.what)}</text>')
-        told = f"{row.ratio:.2f} of {row.against}" + f", to be {row.target}" * bool(row.target)
-        told += f": {verdict(row)}" if row.target else ""
-        parts.append(f'<text x="10" y="{top + 26}" class="small">{escape(told)}</text>')
-        for step, (kind, value, name) in enumerate(
-            [("missed" if row.met is False else "ours", ours, "queuectl"),
-             ("beside", beside, row.against)]
-        ):  # fmt: skip
-            width, y = max(1.0, 260 * value / max(ours, beside)), top + 15 * step
-            bar = f'<rect x="400" y="{y}" width="{width:.1f}" height="13" class="{kind}"/>'
-            label = escape(f"{number(value)} {row.unit}  {name}")
-            parts.append(f'{bar}<text x="{406 + width:.1f}" y="{y + 11}">{label}</text>')
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="every figure of every round")
@@ -666,13 +574,13 @@ def main() -> None:
     try:
         bench = Bench(folder, given.quick)
         for name in given.only or ROWS:
-            progress(f"{time.monotonic() - began:5.0f} s  {name}")
+            print(f"{time.monotonic() - began:5.0f} s  {name}", file=sys.stderr)
             getattr(bench, name)()
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # this is quick, and must come to its end
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # this is quick, and must come to its end
         reap(kill=True)
         shutil.rmtree(folder)
     facts["seconds"] = round(time.monotonic() - began, 1)
