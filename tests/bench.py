@@ -182,11 +182,11 @@ class Bench:
 
     def drain(self) -> None:
         """`true` at full speed. Rivals that are slow get fewer jobs: rates are compared."""
-        count, few = self.size(3000), self.size(1000)
+        count, few = self.size(3000), self.size(600)
         jobs = {"xargs": count, "parallel": few, "tsp": few, "nq": few}
         here = [name for name in jobs if shutil.which(name)]
         drain, both, rates = [], [], {name: [] for name in jobs}
-        for number in self.rounds(5):
+        for number in self.rounds(4):
             enqueued, ran = self.drained("true", count)
             drain.append(count / ran)
             both.append(count / (enqueued + ran))
@@ -215,7 +215,7 @@ class Bench:
         """Jobs of 10 and 100 ms. Their length is what `/bin/sh -c 'sleep ...'` takes by itself."""
         for length, count in ((0.01, self.size(1000)), (0.1, self.size(100))):
             ours, ideal, command = [], [], f"sleep {length}"
-            for _ in self.rounds(3):
+            for _ in self.rounds(2):
                 alone = [spawned(command) for _ in range(self.size(20))]
                 ideal.append(CORES / statistics.median(alone))
                 ours.append(count / self.drained(command, count)[1])
@@ -257,7 +257,7 @@ class Bench:
     def enqueue(self) -> None:
         """One command from start to exit, beside the interpreter with the modules it needs."""
         ours, bare = [], []
-        for _ in self.rounds(40):
+        for _ in self.rounds(25):
             ours.append(1000 * self.timed(self.words("one", "enqueue", '{"command": "true"}')))
             bare.append(1000 * self.timed([sys.executable, "-c", "import click, sqlite3"]))
         self.add("enqueue", "command `enqueue`", "ms", ours, "bare imports", bare, "<= 1.25")
@@ -323,7 +323,7 @@ class Bench:
             "show": ["show", job], "logs": ["logs", job], "dlq list": ["dlq", "list"],
         }  # fmt: skip
         spans = {name: [] for name in asked}
-        for _ in self.rounds(7):
+        for _ in self.rounds(5):
             bare = self.timed(self.words(self.big, "config", "get", "max-retries"))
             for name, words in asked.items():
                 span = self.timed(self.words(self.big, *words))
@@ -587,7 +587,8 @@ def main() -> None:
     print(table(bench.rows))
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     quick = "; QUICK: a tenth of the size, for a smoke test" if given.quick else ""
-    print(f"\n{CORES} cores, load {facts['load']:.1f} at the start; {versions}{quick}")
+    spent = f"{CORES} cores, load {facts['load']:.1f} at the start, {facts['seconds']:.0f} s"
+    print(f"\n{spent}; {versions}{quick}")
     if given.json:
         rows = [asdict(row) for row in bench.rows]
         Path(given.json).write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
