@@ -254,7 +254,7 @@ def check_time(name: str, value: Any) -> float:
 def parse_json(text: str) -> Any:
     """Parse JSON, refusing a repeated key (of two values, which one was meant?) and NaN."""
     try:
-        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+        return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"not JSON: {error}") from None
 
@@ -277,7 +277,6 @@ def parse_entries(lines: Iterator[str]) -> Iterator[tuple[int, Any]]:
 
 def parse_array(text: str, first_line: int) -> Iterator[tuple[int, Any]]:
     """Yield (line number, value) of each entry of one JSON array, and refuse what follows it."""
-    decoder = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant)
     line, at, token = first_line, text.index("["), "["
     try:
         while token != "]":
@@ -286,7 +285,7 @@ def parse_array(text: str, first_line: int) -> Iterator[tuple[int, Any]]:
             if token == "[" and text[start : start + 1] == "]":
                 at = start
                 break
-            value, end = decoder.raw_decode(text, start)
+            value, end = DECODER.raw_decode(text, start)
             yield line, value
             at = re.compile(r"\s*").match(text, end).end()
             line += text.count("\n", start, at)
@@ -311,6 +310,9 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is no number")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant)
 
 
 def parse_number(text: str) -> float:

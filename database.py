@@ -23,6 +23,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 DEFAULT_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "queue.db")
@@ -116,16 +117,16 @@ class Run(NamedTuple):
     """One run of one job: what a worker needs to run it, and to prove that it is still its own."""
 
     id: int
+    worker: str
+    started_at: float
     seq: int
     job: str
-    worker: str
     attempt: int
     max_retries: int
     backoff_base: float
     command: str
     cwd: str
     due_at: float
-    started_at: float
 
 
 class Result(NamedTuple):
@@ -263,16 +264,28 @@ def gather(db: sqlite3.Connection, jobs: Iterable[tuple[int, dict[str, Any]]]) -
 
     What reading them raises passes through; nothing has been enqueued then.
     """
+    row = itemgetter("line", *INPUT.split(", "))
+    last: dict[str, Any] = {}
+
+    def rows() -> Iterator[tuple]:
+        nonlocal last
+        for line, job in jobs:
+            last = {**job, "line": line}
+            yield row(last)
+
+    db.execute("PRAGMA cache_size = -40000")  # KiB, for the indexes of a million ids
     db.execute("DROP TABLE IF EXISTS temp.incoming")
-    db.execute(
-        f"CREATE TEMP TABLE incoming (number INTEGER PRIMARY KEY, line, {INPUT}, UNIQUE (id))"
-    )
-    gather = f"INSERT INTO incoming (line, {INPUT}) VALUES (:line, :{INPUT.replace(', ', ', :')})"
-    for line, job in jobs:
-        try:
-            db.execute(gather, job | {"line": line})
-        except sqlite3.IntegrityError:
-            raise QueueError(f'line {line}: the id "{job["id"]}" is used twice') from None
+    db.execute(f"CREATE TEMP TABLE incoming (number INTEGER PRIMARY KEY, line, {INPUT})")
+    db.execute("CREATE UNIQUE INDEX temp.given ON incoming (id) WHERE id IS NOT NULL")
+    db.execute("BEGIN")  # of the temporary table alone: nobody waits for it
+    try:
+        marks = ", ".join("?" * (2 + INPUT.count(",")))
+        db.executemany(f"INSERT INTO incoming (line, {INPUT}) VALUES ({marks})", rows())
+    except sqlite3.IntegrityError:
+        text = f'line {last["line"]}: the id "{last["id"]}" is used twice'
+        raise QueueError(text) from None
+    finally:
+        db.execute("COMMIT")
 
 
 def take_in(db: sqlite3.Connection, now: float) -> tuple[int, int]:
@@ -286,24 +299,26 @@ def take_in(db: sqlite3.Connection, now: float) -> tuple[int, int]:
         # a permutation of the numbers below a power of two (Knuth, TAOCP 6.4). A user may have
         # pasted one that is still to come, from another queue: then the numbers go on behind it.
         made_up = "printf('%08x', (:last + number) * 2654435761 & 4294967295)"
-        last = (
-            db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'").fetchone() or [0]
-        )[0]
+        last = db.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'jobs'").fetchone()[0]
+        last = last or 0
         clash = f"""
             SELECT max(number) FROM incoming WHERE id IS NULL AND (
                 {made_up} IN (SELECT id FROM jobs) OR
                 {made_up} IN (SELECT id FROM incoming WHERE id IS NOT NULL))"""
-        while passed := db.execute(clash, {"last": last}).fetchone()[0]:
-            last += passed
-        db.execute(
-            f"""
-            INSERT INTO jobs (seq, {INPUT}, state, due, created_at, updated_at)
-            SELECT :last + number, coalesce(id, {made_up}), command, priority,
-                   coalesce(run_at, :now), max_retries, backoff_base, timeout_s, cwd,
-                   'pending', coalesce(run_at, :now) <= :now, :now, :now
-            FROM incoming ORDER BY number""",
-            {"last": last, "now": now},
-        )
+        while True:
+            try:
+                db.execute(
+                    f"""
+                    INSERT INTO jobs (seq, {INPUT}, state, due, created_at, updated_at)
+                    SELECT :last + number, coalesce(id, {made_up}), command, priority,
+                           coalesce(run_at, :now), max_retries, backoff_base, timeout_s, cwd,
+                           'pending', coalesce(run_at, :now) <= :now, :now, :now
+                    FROM incoming ORDER BY number""",
+                    {"last": last, "now": now},
+                )
+                break
+            except sqlite3.IntegrityError:
+                last += db.execute(clash, {"last": last}).fetchone()[0]
     return last + 1, last + count
 
 
@@ -317,23 +332,23 @@ def claim(db: sqlite3.Connection, worker: str, now: float, mono: float) -> tuple
     clock's time. Why it holds between processes: design.md, "Which line stops a double claim?".
     """
     while True:
-        # Jobs whose time has come join those that are due. This look costs the same however many
-        # wait for later.
-        come = "due = 0 AND run_at <= :now"
-        if db.execute(f"SELECT 1 FROM jobs WHERE {come} LIMIT 1", {"now": now}).fetchone():
-            db.execute(f"UPDATE jobs SET due = 1 WHERE {come}", {"now": now})
-        # Look, without a lock.
+        # Look, without a lock. Both looks cost the same however many wait or are done.
         best = db.execute(
             """
             SELECT seq, id AS job, attempts + 1 AS attempt, max_retries, backoff_base, command, cwd,
-                   run_at AS due_at
+                   run_at AS due_at, (SELECT min(run_at) FROM jobs WHERE due = 0) AS later
             FROM jobs WHERE due = 1
             ORDER BY priority DESC, run_at, seq LIMIT 2"""
         ).fetchall()
+        later = best[0]["later"] if best else next_due_at(db)
+        if later is not None and later <= now:  # its time has come: it joins those that are due
+            db.execute("UPDATE jobs SET due = 1 WHERE due = 0 AND run_at <= ?", (now,))
+            continue
         if not best:
             return None, False
         # Take: of all that saw the same job, one finds it still waiting and changes one row.
-        new = {**best[0], "worker": worker, "now": now, "mono": mono}
+        *seen, _ = best[0]
+        run = Run(0, worker, now, *seen)
         with transaction(db):
             taken = db.execute(
                 """
@@ -344,16 +359,16 @@ def claim(db: sqlite3.Connection, worker: str, now: float, mono: float) -> tuple
                 WHERE seq = :seq
                   AND state IN ('pending', 'failed')  -- nobody was faster,
                   AND run_at = :due_at AND attempts + 1 = :attempt  -- nor has it run since""",
-                new,
+                {**run._asdict(), "now": now},
             ).rowcount
             if taken == 1:
-                run = db.execute(
+                opened = db.execute(
                     """
                     INSERT INTO runs (job, attempt, worker, due_at, started_at, started_mono)
-                    VALUES (:seq, :attempt, :worker, :due_at, :now, :mono)""",
-                    new,
-                ).lastrowid
-                return Run(id=run, worker=worker, started_at=now, **best[0]), len(best) > 1
+                    VALUES (?, ?, ?, ?, ?, ?)""",
+                    (run.seq, run.attempt, worker, run.due_at, now, mono),
+                )
+                return run._replace(id=opened.lastrowid), len(best) > 1
         # rowcount 0: another worker was faster; look again.
 
 
@@ -361,8 +376,8 @@ def held_by(db: sqlite3.Connection, worker: str) -> Run | None:
     """Return the run that a worker holds, or None."""
     row = db.execute(
         """
-        SELECT runs.id, seq, jobs.id, runs.worker, attempt, max_retries, backoff_base, command,
-               cwd, due_at, runs.started_at
+        SELECT runs.id, runs.worker, runs.started_at, seq, jobs.id, attempt, max_retries,
+               backoff_base, command, cwd, due_at
         FROM jobs JOIN runs ON job = seq AND runs.finished_at IS NULL
         WHERE state = 'processing' AND jobs.worker = :worker""",
         {"worker": worker},
@@ -485,24 +500,36 @@ def prune(
 ) -> Iterator[int]:
     """Remove settled jobs that finished before a time, with their history; yield counts.
 
-    A thousand a transaction, so that no claim waits long; the caller drives it to the end.
+    Few at a time, so that no claim waits long; the caller drives it to the end, and rests between.
     """
+    # A power cut may bring some back: that is no reason to wait for the disk each time.
+    db.execute("PRAGMA synchronous = NORMAL")
     wanted = [state for state in states if state in SETTLED]
-    # "+": walk by seq; the index on state would collect and sort a whole state for each thousand.
-    old = f"seq > :last AND finished_at < :before AND +state IN ({marks(wanted)})"
+    # "+": walk by seq; the index on state would collect and sort a whole state each time.
+    old = f"finished_at < :before AND +state IN ({marks(wanted)})"
     last = 0
     while True:
-        with transaction(db):
-            given = {"last": last, "before": before} | numbered(wanted)
-            chosen = f"SELECT seq FROM jobs WHERE {old} ORDER BY seq LIMIT 1000"
-            rows = db.execute(chosen, given).fetchall()
-            if rows and not dry_run:
-                db.execute(f"DELETE FROM runs WHERE job IN ({chosen})", given)
-                db.execute(f"DELETE FROM jobs WHERE seq IN ({chosen})", given)
-        if not rows:
+        given = {"last": last, "before": before} | numbered(wanted)
+        chosen = f"SELECT seq FROM jobs WHERE seq > :last AND {old} ORDER BY seq LIMIT 250"
+        seqs = [row["seq"] for row in db.execute(chosen, given)]
+        if not seqs:
             return
-        last = rows[-1]["seq"]
-        yield len(rows)
+        count, given["first"], given["last"] = len(seqs), seqs[0], seqs[-1]
+        if not dry_run:
+            these = f"seq BETWEEN :first AND :last AND {old}"
+            with transaction(db):
+                db.execute(
+                    f"DELETE FROM runs WHERE job IN (SELECT seq FROM jobs WHERE {these})", given
+                )
+                count = db.execute(f"DELETE FROM jobs WHERE {these}", given).rowcount
+        last = seqs[-1]
+        yield count
+
+
+def vacuum(db: sqlite3.Connection) -> None:
+    """Give the room of what was removed back to the disk. Who writes meanwhile waits."""
+    db.execute("VACUUM")
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def marks(values: list[str]) -> str:
@@ -637,8 +664,12 @@ def jobs_in(db: sqlite3.Connection, states: list[str], limit: int) -> Iterator[s
 
 def ready_jobs(db: sqlite3.Connection, now: float, limit: int) -> Iterator[sqlite3.Row]:
     """Return what a worker could take now, in the order in which it would."""
-    where = "due = 1 OR (due = 0 AND run_at <= :now)"
-    query = f"{JOB} WHERE {where} ORDER BY priority DESC, run_at, seq LIMIT :limit"
+    # Each part by its own index; an OR would read all jobs.
+    due = "SELECT seq FROM jobs WHERE due = 1 ORDER BY priority DESC, run_at, seq LIMIT :limit"
+    come = "SELECT seq FROM jobs WHERE due = 0 AND run_at <= :now"
+    query = f"""
+        {JOB} WHERE seq IN (SELECT * FROM ({due}) UNION ALL {come})
+        ORDER BY priority DESC, run_at, seq LIMIT :limit"""
     return db.execute(query, {"now": now, "limit": limit})
 
 
@@ -650,7 +681,10 @@ def recent_runs(db: sqlite3.Connection, since: float) -> list[sqlite3.Row]:
     """Return the last runs that ended after `since`, at most RECENT_RUNS of them."""
     newest = f"id > (SELECT max(id) FROM runs) - {RECENT_RUNS}"
     return db.execute(
-        f"SELECT * FROM runs WHERE {newest} AND finished_at > ? ORDER BY id", (since,)
+        f"""
+        SELECT outcome, due_at, started_at, finished_at
+        FROM runs WHERE {newest} AND finished_at > ? ORDER BY id""",
+        (since,),
     ).fetchall()
 
 

@@ -682,11 +682,20 @@ def configure(place: Place, words: tuple[str, ...], as_json: bool) -> None:
 @click.option("--older-than", callback=seconds, required=True, metavar="7d", help="Ended before.")
 @click.option("--state", "states", multiple=True, type=click.Choice(database.SETTLED))
 @click.option("--dry-run", is_flag=True, help="Only say how many.")
+@click.option("--vacuum", is_flag=True, help="Make the file small; who writes meanwhile waits.")
 @click.pass_obj
-def prune(place: Place, older_than: float, states: tuple[str, ...], dry_run: bool) -> None:
+def prune(
+    place: Place, older_than: float, states: tuple[str, ...], dry_run: bool, vacuum: bool
+) -> None:
     """Remove settled jobs (dead ones only if --state names them) and their history."""
-    before = time.time() - older_than
-    count = sum(database.prune(place.db, states or ("completed", "cancelled"), before, dry_run))
+    count, before, began = 0, time.time() - older_than, time.monotonic()
+    for removed in database.prune(place.db, states or ("completed", "cancelled"), before, dry_run):
+        count += removed
+        if not dry_run:  # leave the lock to others for longer than it was held
+            time.sleep(min(0.1, 2 * (time.monotonic() - began)))
+        began = time.monotonic()
+    if vacuum and not dry_run:
+        database.vacuum(place.db)
     click.echo(f"{plural(count, 'job')} {'would be ' if dry_run else ''}removed")
 
 

@@ -73,6 +73,7 @@ class Supervisor:
         self.trouble = ""  # what was said last of a database that cannot be used
         self.busy = False
         self.looked_at = self.beat_at = self.spawn_at = 0.0
+        self.db, self.inode = None, 0
 
     def run(self) -> None:
         """Work until told to stop or, draining, until nothing is left to do."""
@@ -82,8 +83,8 @@ class Supervisor:
             self.keep_count()
             self.sleep()
             self.look()
-        with opened(self.path) as db:
-            database.remove_supervisor(db, self.id)
+        database.remove_supervisor(self.queue(), self.id)
+        self.hang_up()
         self.say("supervisor", self.pid, "left", "")
         if self.fatal:
             raise QueueError(self.fatal)
@@ -106,11 +107,8 @@ class Supervisor:
                 signal.signal(number, self.on_signal)
         # Workers read end of file here when the supervisor is gone, however it went.
         self.lifeline, self.lifeline_write = os.pipe()
-        birth = process_birth(self.pid) or ""
-        with opened(self.path) as db:
-            self.id = database.register_supervisor(
-                db, os.uname().nodename, boot_id(), self.pid, birth, time.time()
-            )
+        me = os.uname().nodename, boot_id(), self.pid, process_birth(self.pid) or ""
+        self.id = database.register_supervisor(self.queue(), *me, time.time())
         told = f"{database.plural(self.count, 'worker')} on {self.path}; Ctrl+C stops"
         self.say("supervisor", self.pid, "started", told)
 
@@ -146,11 +144,33 @@ class Supervisor:
                 self.say("supervisor", self.pid, "trouble", f"no new worker: {error.strerror}")
                 self.spawn_at = time.monotonic() + 1
 
+    def queue(self) -> Any:
+        """Return the connection, a new one if the file was replaced.
+
+        Raises QueueError if it is gone: connecting would make a new queue.
+        """
+        try:
+            inode = os.stat(self.path).st_ino
+        except FileNotFoundError:
+            self.asked = max(self.asked, 1)
+            raise QueueError(f"{self.path} is gone: leaving") from None
+        if inode != self.inode:
+            self.hang_up()
+        if self.db is None:
+            self.db, self.inode = database.connect(self.path, durable=False), inode
+        return self.db
+
+    def hang_up(self) -> None:
+        if self.db is not None:
+            self.db.close()
+        self.db = None
+
     def spawn(self) -> None:
-        """Fork a worker. No connection is open here: SQLite's must not be carried over a fork
-        (https://www.sqlite.org/howtocorrupt.html, 2.6)."""
+        """Fork a worker."""
         from multiprocessing import get_context
 
+        # SQLite's connections must not be carried over a fork (sqlite.org/howtocorrupt.html, 2.6).
+        self.hang_up()
         child = get_context("fork").Process(target=work, args=(self,), daemon=True)
         # A signal between the fork and the worker's own handlers would be lost: hold it back.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -163,13 +183,10 @@ class Supervisor:
     def look(self) -> None:
         """One tick. A database that cannot be used now (full disk, locked) is tried again."""
         try:
-            if not os.path.exists(self.path):  # connecting would make a new one
-                self.asked = max(self.asked, 1)
-                raise QueueError(f"{self.path} is gone: leaving")
-            with opened(self.path) as db:
-                self.tick(db, time.time(), time.monotonic())
+            self.tick(self.queue(), time.time(), time.monotonic())
             self.trouble = ""
         except (OSError, QueueError, database.SQLiteError) as error:
+            self.hang_up()
             text = database.error_text(error, self.path)
             if text != self.trouble:
                 self.trouble = text
@@ -317,11 +334,6 @@ class Supervisor:
 # --- what other commands ask of processes ----------------------------------------------------
 
 
-def opened(path: str) -> closing:
-    """Return a connection for one look, for `with`."""
-    return closing(database.connect(path, durable=False))
-
-
 def live_workers(db: Any) -> list[Any]:
     """Return the rows of database.workers whose process lives; of other hosts, all."""
     return [row for row in database.workers(db) if not is_here(row) or is_alive(row)]
@@ -334,15 +346,14 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
     killed leave by themselves; what they held is settled here.
     """
     settler = Supervisor(path, settings, say)
-    with opened(path) as db:
-        asked = database.ask_to_stop(db, 2 if now else 1)
-        count = len(live_workers(db))
+    asked = database.ask_to_stop(settler.queue(), 2 if now else 1)
+    count = len(live_workers(settler.queue()))
     deadline = time.monotonic() + timeout_s if timeout_s is not None else None
     while True:
         settler.look()
-        with opened(path) as db:
-            left = [row for row in database.supervisors(db) if row["id"] in asked]
-            left += [row for row in database.workers(db) if row["supervisor"] in asked]
+        db = settler.queue()
+        left = [row for row in database.supervisors(db) if row["id"] in asked]
+        left += [row for row in database.workers(db) if row["supervisor"] in asked]
         left = [row["pid"] for row in left if is_here(row)]
         if not left:
             return count
@@ -357,9 +368,8 @@ def await_cancelled(path: str, settings: Settings, say: Say, seqs: list[int]) ->
     settler = Supervisor(path, settings, say)
     while True:
         settler.look()
-        with opened(path) as db:
-            if all(database.job(db, seq)["state"] != "processing" for seq in seqs):
-                return
+        if all(database.job(settler.queue(), seq)["state"] != "processing" for seq in seqs):
+            return
         time.sleep(0.05)
 
 
@@ -388,7 +398,7 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
         deadline = time.monotonic() + 30
         try:
             while process.poll() is None and time.monotonic() < deadline:
-                with opened(path) as db:
+                with closing(database.connect(path)) as db:
                     rows = database.workers(db)
                 if sum(row["supervisor_pid"] == process.pid for row in rows) >= count:
                     return process.pid, log
@@ -415,6 +425,7 @@ class Desk:
         self.say = lambda verb, text: say(name, os.getpid(), verb, text)
         self.paths = output_paths(path, name)
         self.outputs = [self.make(output) for output in self.paths]
+        self.nothing = os.open(os.devnull, os.O_RDONLY)
         self.bell = open_bell(path, os.O_RDWR)  # for writing too: else it ends with each writer
 
     def make(self, path: str) -> int:
@@ -555,7 +566,7 @@ def execute(desk: Desk, run: Run) -> tuple[int | None, str | None]:
     try:
         done = subprocess.run(
             [b"/bin/sh", b"-c", run.command.encode()],
-            stdin=subprocess.DEVNULL,
+            stdin=desk.nothing,
             stdout=desk.outputs[0],
             stderr=desk.outputs[1],
             cwd=run.cwd.encode(),
@@ -792,7 +803,7 @@ def has_children() -> bool:
 def process_status(pid: int) -> list[str] | None:
     """Return /proc/PID/stat from the state on (proc(5): its field 3 is item 0 here), if alive."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             status = file.read().rpartition(b")")[2].decode().split()
     except OSError:
         return None

@@ -159,9 +159,10 @@ def test_a_look_reads_the_head_of_an_index_and_never_scans_or_sorts(db):
     add(db, {}, dict(run_at=NOW + 1))
     plans = plan(db, lambda: take(db, now=NOW + 1))
     [look] = [steps for sql, steps in plans.items() if "ORDER BY priority" in sql]
-    assert len(look) == 1 and look[0].endswith("INDEX jobs_due")
+    assert look[0].endswith("INDEX jobs_due") and look[-1].endswith("INDEX jobs_later"), look
     for steps in plans.values():
-        assert all("INDEX" in step or "PRIMARY KEY" in step for step in steps), plans
+        known = ("INDEX", "PRIMARY KEY", "SCALAR SUBQUERY")
+        assert all(any(word in step for word in known) for step in steps), plans
         assert not any("TEMP B-TREE" in step for step in steps), plans
 
 
@@ -418,13 +419,13 @@ def test_prune_removes_old_settled_jobs_with_their_history_and_nothing_else(db):
         database.job(db, old["dead"])
 
 
-def test_prune_goes_by_the_thousand(db):
-    add(db, *[{}] * 1001)
+def test_prune_goes_by_small_steps(db):
+    add(db, *[{}] * 501)
     db.execute("UPDATE jobs SET state = 'cancelled', due = NULL, finished_at = 0")
     for dry_run in (True, False):
-        assert list(database.prune(db, SETTLED, NOW, dry_run)) == [1000, 1]
+        assert list(database.prune(db, SETTLED, NOW, dry_run)) == [250, 250, 1]
     assert database.counts(db)["total"] == 0
-    assert add(db, {}) == [1002]  # a number is never used again
+    assert add(db, {}) == [502]  # a number is never used again
 
 
 # --- enqueue and ids -------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def take_all_room(filled: Path) -> None:
 
 def test_the_disk_is_full_and_a_result_waits_for_room(small: Queue) -> None:
     filled = full_when_it_ends(small)
-    enqueuing = small.run("enqueue", "--command", "x" * 100_000)
+    enqueuing = small.run("enqueue", "-", stdin=json.dumps({"command": "x" * 900_000}))
     one_line(enqueuing)
     time.sleep(1)  # several attempts to record it
     assert small.state("a") == "processing"
