@@ -141,6 +141,19 @@ class Result(NamedTuple):
     stderr_bytes: int = 0
 
 
+explain: Any = None  # --explain: is given each call of execute, and makes it
+
+
+class Explained(sqlite3.Connection):
+    """What `connect` opens if `explain` is set: queuectl.explain shows each statement."""
+
+    def execute(self, sql: str, values: Any = ()) -> sqlite3.Cursor:
+        return explain(super().execute, sql, values, self.in_transaction)
+
+    def executemany(self, sql: str, values: Any) -> sqlite3.Cursor:
+        return explain(super().executemany, sql, values, self.in_transaction)
+
+
 # --- the file --------------------------------------------------------------------------------
 
 
@@ -160,7 +173,9 @@ def connect(path: str, durable: bool = True) -> sqlite3.Connection:
         if not isinstance(error, PermissionError):  # what is read-only can still be read
             raise QueueError(f"{path}: cannot be opened as a queue: {error.strerror}") from None
     # Absolute, for to SQLite some names are no files (:memory:).
-    db = sqlite3.connect(os.path.abspath(path), timeout=BUSY_TIMEOUT_S, isolation_level=None)
+    kind = Explained if explain else sqlite3.Connection
+    place = os.path.abspath(path)
+    db = sqlite3.connect(place, timeout=BUSY_TIMEOUT_S, isolation_level=None, factory=kind)
     try:
         db.row_factory = sqlite3.Row
         db.text_factory = lambda data: data.decode(errors="replace")  # bytes may have been flipped

@@ -149,6 +149,96 @@ def print_remark(*event: Any) -> None:
     print_event(*event, to=sys.stderr)
 
 
+# --- explain: what --explain shows -----------------------------------------------------------
+
+# (function, verb, rows changed; None: any): what a reader would not see by himself.
+REMARKS = {
+    ("claim", "UPDATE", 1): "rowcount 1: it is mine",
+    ("claim", "UPDATE", 0): "rowcount 0: another worker was faster; look again",
+    ("finish", "UPDATE", 0): "rowcount 0: somebody else has settled it, or nothing was asked",
+    ("gather", "BEGIN", None): "for a temporary table alone: nobody waits for it",
+    ("take_in", "COMMIT", None): "now it is safe, and its id may be printed",
+}
+LAST_FOUND: dict[str, str] = {}  # by the text of a SELECT
+
+
+class Rows(list):
+    """The rows of a SELECT, read at once to be counted."""
+
+    def fetchall(self) -> list[Any]:
+        return self
+
+    def fetchone(self) -> Any:
+        return self[0] if self else None
+
+
+def explain(run: Any, sql: str, values: Any, inside: bool) -> Any:
+    """Execute one statement for database.Explained, and show it with what it did and cost."""
+    began = time.perf_counter()
+    answer = run(sql, values)
+    answer = Rows(answer.fetchall()) if answer.description else answer
+    took = (time.perf_counter() - began) * 1000
+    frame = sys._getframe(2)
+    while (
+        re.match("<|transaction|inner", frame.f_code.co_name)
+        or "contextlib" in frame.f_code.co_filename
+    ):
+        frame = frame.f_back
+    function, text = frame.f_code.co_name, inlined(sql, values)
+    verb = text.partition(" ")[0]
+    if isinstance(answer, Rows):
+        changed, effect = None, plural(len(answer), "row")
+        if LAST_FOUND.get(text) == effect:
+            return answer  # idle ones look again and again: what they find is shown once
+        LAST_FOUND[text] = effect
+    else:
+        changed = answer.rowcount if answer.rowcount >= 0 else None
+        effect = "" if changed is None else f"{plural(changed, 'row')} changed"
+    remark = REMARKS.get((function, verb, changed), "")
+    if verb == "BEGIN" and took > 1:
+        remark = f"waited {took:.1f} ms for another writer's lock"
+    head = (
+        f"pid {os.getpid():<7}  {f'{function}:{frame.f_lineno}':<20} {took:8.2f} ms  {effect:<14}  "
+    )
+    show_statement(head + "  " * (inside and verb != "COMMIT"), text, remark)
+    return answer
+
+
+def inlined(sql: str, values: Any) -> str:
+    """Return SQL on one line, without its comments, each placeholder replaced by its value."""
+    text = " ".join(re.sub("--.*", "", sql).split())
+    if isinstance(values, dict):
+        return re.sub(r":([a-z]\w*)", lambda match: literal(values[match[1]]), text)
+    rest = list(values)[::-1] if isinstance(values, tuple) else []
+    return re.sub(r"\?", lambda _: literal(rest.pop()), text) if rest else text
+
+
+def literal(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, bytes):
+        return f"<{plural(len(value), 'byte')}>"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return repr(value if len(str(value)) <= 40 else value[:37] + "...")
+
+
+def show_statement(head: str, text: str, remark: str) -> None:
+    """Print one statement: on a terminal wrapped beside its head, else on one line."""
+    import shutil
+    import textwrap
+
+    text = clean(text)
+    if sys.stderr.isatty():
+        width = max(30, shutil.get_terminal_size().columns - len(head))
+        first, *rest = textwrap.wrap(text, width, break_on_hyphens=False)
+        verb, space, first = first.partition(" ")
+        text = click.style(verb, bold=True) + space + first
+        text = "\n".join([text, *(" " * len(head) + line for line in rest)])
+        remark = remark and click.style(remark, fg="yellow")
+    click.echo(head + text + (remark and f"  <- {remark}"), err=True)
+
+
 def seconds(_: Any, __: Any, text: str | None) -> float | None:
     return None if text is None else config.parse_duration(text)
 
@@ -175,10 +265,12 @@ limit_option = click.option(
     default=config.DEFAULT_PATH,
     help="The settings file.",
 )
+@click.option("--explain", "explained", is_flag=True, help="Show each SQL statement on stderr.")
 @click.pass_obj
-def cli(place: Place, db: str, settings: str) -> None:
+def cli(place: Place, db: str, settings: str, explained: bool) -> None:
     """A background job queue: shell commands in one SQLite file, run by worker processes."""
     place.path, place.config_path = db, settings
+    database.explain = explain if explained else None
 
 
 @cli.command()

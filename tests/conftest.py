@@ -125,13 +125,16 @@ class Queue:
         self.sessions |= {row["pid"] for row in rows}
         return rows
 
-    def start(self, *words: str, count: int = 1, ready: bool = True) -> subprocess.Popen:
+    def start(
+        self, *words: str, count: int = 1, ready: bool = True, explain: bool = False
+    ) -> subprocess.Popen:
         """Start a supervisor in the foreground, its lines going to a file; wait for its workers."""
         log = open(self.folder / f"log{len(self.supervisors)}", "wb")
         process = subprocess.Popen(
             [
                 sys.executable,
                 str(ROOT / "queuectl.py"),
+                *["--explain"] * explain,
                 "worker",
                 "start",
                 "--count",

@@ -925,3 +925,51 @@ def test_workers_in_the_background_are_listed_cancelled_under_and_stopped(queue:
     assert queue.run("worker", "stop", check=0).stdout.endswith("left\n")
     assert queue.json("worker", "list") == []
     assert queue.run("wait", "slow", check=1).stderr == "Error: 0 dead, 1 cancelled\n"
+
+
+# --- --explain -------------------------------------------------------------------------------
+
+
+def test_each_statement_is_shown_with_its_values_and_what_it_did(queue: Queue) -> None:
+    done = queue.run("--explain", "enqueue", "--id", "a", "--command", "echo hello", check=0)
+    assert done.stdout == "a\n"
+    shown = [re.sub(r" +", " ", line) for line in done.stderr.splitlines()]
+    assert all(re.match(r"pid \d+ [a-z_]+:\d+ [\d.]+ ms ", line) for line in shown), shown
+    assert any("take_in" in line and "1 row changed INSERT INTO jobs" in line for line in shown)
+    assert any("job:" in line and "1 row SELECT" in line and "seq = 1" in line for line in shown)
+    assert queue.run("show", "a", check=0).stderr == ""
+
+
+def test_the_statements_of_a_transaction_stand_between_its_brackets(queue: Queue) -> None:
+    queue.run("enqueue", "--command", "true", check=0)
+    done = queue.run("--explain", "worker", "start", "--drain", check=0)
+    claim = [line for line in done.stderr.splitlines() if re.search(r" claim:\d+ ", line)]
+    begin = next(n for n, line in enumerate(claim) if "BEGIN IMMEDIATE" in line)
+    at = claim[begin].index("BEGIN")
+    update, insert, commit = claim[begin + 1 : begin + 4]
+    assert update[at : at + 13] == "  UPDATE jobs" and update.endswith(
+        "  <- rowcount 1: it is mine"
+    )
+    assert (
+        "worker = 'w1'" in update and "WHERE seq = 1 AND state IN ('pending', 'failed')" in update
+    )
+    assert insert[at : at + 13] == "  INSERT INTO" and commit[at:] == "COMMIT"
+
+
+def test_two_workers_race_for_one_job_and_it_is_seen(queue: Queue) -> None:
+    process = queue.start(count=2, explain=True)
+
+    def lost() -> bool:
+        queue.run("enqueue", "--file", "-", "--lines", stdin="true\ntrue\n", check=0)
+        return "0 rows changed" in process.log.read_text()
+
+    eventually(lost, "one of them was faster")
+    [line, *_] = [each for each in process.log.read_text().splitlines() if "0 rows changed" in each]
+    assert " claim:" in line and line.endswith("another worker was faster; look again")
+
+
+def test_nothing_in_a_job_steers_the_terminal_through_explain(queue: Queue) -> None:
+    done = queue.run("--explain", "enqueue", json.dumps({"command": "echo \x1b[31m"}), check=0)
+    shown = queue.run("--explain", "list", check=0)
+    queue.run("--explain", "worker", "start", "--drain", check=0)
+    assert "\x1b" not in done.stderr + shown.stderr + shown.stdout
