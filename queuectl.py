@@ -248,6 +248,20 @@ def number(_: Any, __: Any, text: str | None) -> float | None:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def start_explaining(_: Any, __: Any, wanted: bool) -> None:
+    if wanted:
+        database.explain = explain
+
+
+explain_option = click.option(
+    "--explain",
+    is_flag=True,
+    expose_value=False,
+    callback=start_explaining,
+    help="Show each SQL statement on stderr.",
+)
 limit_option = click.option(
     "--limit", type=click.IntRange(0), help="At most so many; 0: all. Default 100, with --json all."
 )
@@ -265,12 +279,11 @@ limit_option = click.option(
     default=config.DEFAULT_PATH,
     help="The settings file.",
 )
-@click.option("--explain", "explained", is_flag=True, help="Show each SQL statement on stderr.")
+@explain_option
 @click.pass_obj
-def cli(place: Place, db: str, settings: str, explained: bool) -> None:
+def cli(place: Place, db: str, settings: str) -> None:
     """A background job queue: shell commands in one SQLite file, run by worker processes."""
     place.path, place.config_path = db, settings
-    database.explain = explain if explained else None
 
 
 @cli.command()
@@ -406,6 +419,7 @@ def worker() -> None:
 @click.option("--count", default=1, type=click.IntRange(1, 1000), help="How many. Default 1.")
 @click.option("--detach", is_flag=True, help="In the background; returns once they are ready.")
 @click.option("--drain", is_flag=True, help="Leave when nothing is left to do.")
+@explain_option  # here too, for this is where one wants to see it
 @click.pass_obj
 def start(place: Place, count: int, detach: bool, drain: bool) -> None:
     """Run jobs. Ctrl+C finishes the running ones and leaves; twice, it puts them back.
