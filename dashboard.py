@@ -72,6 +72,11 @@ def opened(path: str) -> closing:
     return closing(database.connect(path))
 
 
+def file_number(path: str) -> int | None:
+    with suppress(OSError):
+        return os.stat(path).st_ino
+
+
 def as_json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
@@ -102,8 +107,8 @@ class Watcher:
 
     def follow(self, db: Any) -> None:
         """Publish a snapshot whenever something has changed, as long as it is the same file."""
-        file, seen, refresh_at = os.stat(self.path).st_ino, None, 0.0
-        while self.viewers and not self.stopped and os.stat(self.path).st_ino == file:
+        file, seen, refresh_at = file_number(self.path), None, 0.0
+        while self.viewers and not self.stopped and file_number(self.path) == file:
             began = time.monotonic()
             workers = self.hands.live_workers(db)  # one that is killed tells the file nothing
             found = database.data_version(db), [row["worker"] for row in workers]
@@ -417,7 +422,10 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         if not 0 <= length <= BODY_BYTES:
             raise ValueError("the body is too long")
-        found = json.loads(self.rfile.read(length))
+        try:
+            found = json.loads(self.rfile.read(length))
+        except RecursionError:
+            found = None
         if not isinstance(found, dict):
             raise ValueError("the body is to be a JSON object")
         return found

@@ -755,12 +755,14 @@ def runs_after(
     db: sqlite3.Connection, last: int | None, others: Iterable[int]
 ) -> Iterator[sqlite3.Row]:
     """Return the runs whose number is above `last` (None: of the last RECENT_RUNS), and others."""
-    listed = list(others)
+    listed = [*others, 0]  # no run's: the list is never empty
+    first = f"coalesce(:last, (SELECT max(id) FROM runs) - {RECENT_RUNS})"
+    columns = "id, outcome, due_at, started_at, finished_at"
     return db.execute(
         f"""
-        SELECT id, outcome, due_at, started_at, finished_at FROM runs
-        WHERE id > coalesce(:last, (SELECT max(id) FROM runs) - {RECENT_RUNS})
-           OR id IN ({marks(listed)})""",
+        SELECT {columns} FROM runs WHERE id > {first}
+        UNION ALL
+        SELECT {columns} FROM runs WHERE id IN ({marks(listed)}) AND id <= {first}""",
         {"last": last} | numbered(listed),
     )
 

@@ -718,28 +718,30 @@ def dashboard(place: Place, port: int, host: str, opening: bool) -> None:
     \b
     queuectl.py dashboard --port 0 --open
     """
+    import select
     import signal
-    import threading
 
-    import dashboard as window
+    import worker as hands
+    from dashboard import Server
 
-    server = window.Server(place.path, host, port, *dashboard_needs(place))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        server.start()
-        click.echo(f"dashboard on {server.address}\nCtrl+C ends it", nl=True)
-        if not server.is_loopback:
-            told = "others can reach it, and whoever sees its address can let jobs run again"
-            click.echo(f"Warning: {host} is not this machine alone: {told}", err=True)
-        if opening:
-            import webbrowser
+    server = Server(place.path, host, port, *dashboard_needs(place))
+    # A signal leaves a byte in the pipe: so none is lost, whenever it comes.
+    wake, wake_write = hands.quiet_pipe()
+    signal.set_wakeup_fd(wake_write)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    server.start()
+    click.echo(f"dashboard on {server.address}")
+    click.echo("Ctrl+C ends it", err=True)
+    if not server.is_loopback:
+        told = "whoever sees this address can read all jobs and let them run again"
+        click.echo(f"Warning: {host} is reached from elsewhere: {told}", err=True)
+    if opening:
+        import webbrowser
 
-            threading.Thread(target=webbrowser.open, args=(server.address,), daemon=True).start()
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        click.echo("dashboard ended", err=True)
-    finally:
-        server.close()
+        webbrowser.open(server.address)
+    select.select([wake], [], [])
+    server.close()
 
 
 def dashboard_needs(place: Place) -> tuple[str, Any]:
