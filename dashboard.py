@@ -207,7 +207,7 @@ class Meter:
     def families(self, db: Any, workers: list[Any], now: float) -> Iterator[tuple]:
         """Yield (name, type, help, {what follows the name: value}) for each metric."""
         jobs, ready = database.counts(db), database.oldest_ready_at(db, now)
-        since = f"ended since this dashboard began, or are of the {database.RECENT_RUNS} before"
+        since = f"ended since the first look here, or are of the {database.RECENT_RUNS} before"
         told = {"run": "Run time of runs that", "wait": "Time from due to begun of runs that"}
         outcomes = ("completed", "failed", "cancelled", "stopped")
         by_state = {f'{{state="{state}"}}': jobs[state] for state in database.STATES}
@@ -221,7 +221,8 @@ class Meter:
             samples["_sum"] = self.sums[name]
             yield f"{name}_seconds", "histogram", f"{told[name]} {since}.", samples
         yield "workers", "gauge", "Live workers.", {"": len(workers)}
-        yield "workers_busy", "gauge", "Those that run a job.", {"": sum(map(is_busy, workers))}
+        busy = sum(row["job"] is not None for row in workers)
+        yield "workers_busy", "gauge", "Those that run a job.", {"": busy}
         told = "For how long the longest waiting job could have run; 0: none is ready."
         age = 0 if ready is None else max(0.0, now - ready)
         yield "oldest_ready_job_age_seconds", "gauge", told, {"": age}
@@ -236,10 +237,6 @@ class Meter:
                 lines += [f"# HELP {name} {told}", f"# TYPE {name} {kind}"]
                 lines += [f"{name}{suffix} {value}" for suffix, value in samples.items()]
         return "\n".join([*lines, ""])
-
-
-def is_busy(worker: Any) -> bool:
-    return worker["job"] is not None
 
 
 class Server(ThreadingHTTPServer):
@@ -271,6 +268,8 @@ class Server(ThreadingHTTPServer):
         # A cookie comes along with whatever another site makes the browser send; this does not.
         self.key = hmac.digest(self.token.encode(), b"changes", "sha256").hex()
         self.address = f"http://{self.host}/?token={self.token}"
+        # Serves once in place of the token: to start a browser with, for all can read `ps`.
+        self.ticket = secrets.token_urlsafe(32)
 
     def server_bind(self) -> None:
         TCPServer.server_bind(self)  # HTTPServer's would ask the DNS for our own name
@@ -312,6 +311,12 @@ class Server(ThreadingHTTPServer):
         if not isinstance(sys.exc_info()[1], OSError):  # a client that is gone or slow is no news
             super().handle_error(request, address)
 
+    def takes(self, ticket: str) -> bool:
+        with self.lock:
+            taken = bool(self.ticket) and same(ticket, self.ticket)
+            self.ticket = "" if taken else self.ticket
+        return taken
+
     def is_ours(self, host: str) -> bool:
         """Say whether a Host header names this server. Another name may be a site that has its own
         name point here (DNS rebinding); a bare number cannot be."""
@@ -326,14 +331,17 @@ def kept_token(path: str) -> str:
 
     So its open pages go on when it is started again, and Prometheus finds it (credentials_file).
     """
-    with suppress(OSError), open(path) as file:
+    with suppress(OSError, ValueError), open(path) as file:
         if re.fullmatch(r"[\w-]{43}", token := file.read(100)):
             return token
-    with suppress(OSError):
-        os.unlink(path)
     token = secrets.token_urlsafe(32)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(token)
+    try:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(token)
+    except OSError as error:
+        raise QueueError(f"{path}: {error.strerror}") from None
     return token
 
 
@@ -416,7 +424,8 @@ class Handler(BaseHTTPRequestHandler):
         known = any(same(cookie, server.cookie) for cookie in cookies)
         if changes:
             return known and same(headers.get("X-Key", ""), server.key)
-        return known or (path == "/" and same(self.query.get("token", ""), server.token))
+        given = self.query.get("token", "") if path == "/" else ""
+        return known or same(given, server.token) or server.takes(given)
 
     def read_body(self) -> dict[str, Any]:
         length = int(self.headers.get("Content-Length") or 0)
@@ -464,8 +473,8 @@ class Handler(BaseHTTPRequestHandler):
         state, text, brief = (self.query.get(key, "") for key in ("state", "text", "brief"))
         if state not in ("", *database.STATES):
             raise ValueError(f'no state "{state}"; there are {", ".join(database.STATES)}')
-        before = min(int(self.query.get("before", 2**62)), 2**62)  # above every seq
-        limit = min(max(1, int(self.query.get("limit", PAGE_JOBS))), 4 * PAGE_JOBS)
+        before = max(0, min(int(self.query.get("before", 2**62)), 2**62))  # above every seq
+        limit = max(1, min(int(self.query.get("limit", PAGE_JOBS)), 4 * PAGE_JOBS))
         rows, rest = database.jobs_page(db, state, text, before, limit, bool(brief))
         return {"jobs": [as_object(row) for row in rows], "next": rest}
 

@@ -739,7 +739,7 @@ def dashboard(place: Place, port: int, host: str, opening: bool) -> None:
     if opening:
         import webbrowser
 
-        webbrowser.open(server.address)
+        webbrowser.open(server.address.replace(server.token, server.ticket))
     select.select([wake], [], [])
     server.close()
 
@@ -751,7 +751,10 @@ def dashboard_needs(place: Place) -> tuple[str, Any]:
 
     place.db.close()  # made if need be; the window opens its own
     settings, path = place.settings, place.path
-    hands.make_run_directory(path)
+    try:
+        hands.make_run_directory(path)
+    except OSError as error:
+        raise database.QueueError(f"{error.filename}: {error.strerror}") from None
     limit = int(settings["output_limit_bytes"])
     return hands.run_directory(path), Hands(
         hands.live_workers,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Queue, eventually
+from conftest import DEADLINE_S, ROOT, Queue, eventually
 from prometheus_client.parser import text_string_to_metric_families
 
 import dashboard
@@ -103,9 +103,13 @@ class Window:
 def window(queue: Queue) -> Iterator[Window]:
     """A dashboard on a free port; at the end Ctrl+C must end it cleanly."""
     found = Window(queue)
-    yield found.open()
-    if found.process.poll() is None:
-        found.end()
+    try:
+        yield found.open()
+        if found.process.poll() is None:
+            found.end()
+    finally:
+        found.process.kill()
+        found.process.wait()
 
 
 @pytest.fixture
@@ -164,14 +168,14 @@ def test_a_host_that_is_not_here_is_one_clear_line(queue: Queue) -> None:
 
 
 def test_listening_to_others_is_warned_of_and_then_a_number_is_no_foreign_name(
-    queue: Queue,
+    window: Window,
 ) -> None:
-    window = Window(queue).open("--port", "0", "--host", "0.0.0.0")
+    window.end()
+    window.open("--port", "0", "--host", "0.0.0.0")
     assert eventually(lambda: window.said("Warning: 0.0.0.0 is reached from elsewhere:"))
     bearer = {"Authorization": f"Bearer {window.token}"}
     assert window.ask("/api/status", host=f"192.0.2.7:{window.port}", **bearer).status == 200
     assert window.ask("/api/status", host=f"evil.example:{window.port}", **bearer).status == 403
-    window.end()
 
 
 def test_without_a_host_there_is_no_warning(window: Window) -> None:
@@ -192,19 +196,18 @@ def test_a_killed_dashboard_leaves_its_token_to_the_next_and_a_clean_end_none(
     assert window.open("--port", str(window.port)).token != before
 
 
-def test_a_queue_that_is_removed_is_said_to_be_gone_and_not_made_anew(queue: Queue) -> None:
-    window = Window(queue).open()
+def test_a_queue_that_is_removed_is_said_to_be_gone_and_not_made_anew(window: Window) -> None:
     stream = follow(window)
     next(stream)
-    for path in queue.folder.glob("queue.db*"):
+    for path in window.queue.folder.glob("queue.db*"):
         if path.is_file():
             path.unlink()
-    assert next(each for each in stream if "trouble" in each)["trouble"].endswith("is gone")
+    assert awaited(stream, lambda each: "trouble" in each)["trouble"].endswith("is gone")
     answer = window.ask("/api/status", Authorization=f"Bearer {window.token}")
     assert answer.status == 409 and "is gone" in answer.text
     stream.close()
     window.end()
-    assert not os.path.exists(queue.path)
+    assert not os.path.exists(window.queue.path)
 
 
 # --- who is let in ---------------------------------------------------------------------------
@@ -232,6 +235,27 @@ def test_the_token_of_the_address_becomes_a_cookie_that_scripts_and_sites_cannot
     for path in ("/", "/metrics", "/api/jobs"):
         assert window.ask(path, Cookie=f"other=1; {cookie}").status == 200
     assert window.token not in answer.text
+
+
+def test_a_browser_is_started_with_a_ticket_that_serves_once(
+    server: dashboard.Server,
+) -> None:
+    def status(ticket: str) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        connection.request("GET", f"/?token={ticket}")
+        code = connection.getresponse().status
+        connection.close()
+        return code
+
+    ticket = server.ticket
+    assert ticket != server.token
+    assert [status(given) for given in ("", ticket, ticket, "", server.token)] == [
+        403,
+        200,
+        403,
+        403,
+        200,
+    ]
 
 
 @pytest.mark.parametrize("host", ["evil.example:{}", "localhost:1", "127.0.0.1", "", "[::1]:{}"])
@@ -325,6 +349,8 @@ def test_jobs_are_found_by_state_and_by_text(window: Window) -> None:
     assert found("text=a_b") == ["a_b"] and found("text=NIGHT") == ["true"]
     assert len(found("state=pending")) == 5 and found("state=cancelled&text=GONE") == ["true"]
     assert found("state=cancelled&text=echo") == []
+    for query in ("before=-" + "9" * 99, "limit=-1&before=" + "9" * 99):
+        assert "jobs" in window.get("/api/jobs?" + query)
     answer = window.ask("/api/jobs?state=lost", Authorization=f"Bearer {window.token}")
     assert answer.status == 400 and 'no state "lost"' in json.loads(answer.text)["error"]
 
@@ -333,7 +359,7 @@ def test_a_search_looks_through_a_bounded_part_and_says_where_to_go_on(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "SEARCHED", 10)
-    add(queue, {"id": "needle", "command": "needle"}, *({} for _ in range(25)))
+    add(queue, {"id": "needle"}, *({"command": f"<{n}>"} for n in range(25)))
     db = database.connect(queue.path)
 
     def pages(text: str, state: str = "") -> list[list[str]]:
@@ -346,6 +372,8 @@ def test_a_search_looks_through_a_bounded_part_and_says_where_to_go_on(
     assert pages("eedle") == pages("eedle", "pending") == [[], [], ["needle"]]
     assert pages("need")[0] == ["needle"], "the beginning of an id is found at once"
     assert pages("need", "dead") == [[]]
+    for n in range(25):
+        assert len(sum(pages(f"<{n}>"), [])) == 1, "no job falls between two pages"
     db.close()
 
 
@@ -430,16 +458,26 @@ def follow(window: Any) -> Iterator[dict[str, Any]]:
     return events()
 
 
+def awaited(stream: Iterator[dict[str, Any]], check: Callable[[dict], Any]) -> dict[str, Any]:
+    """Return the first event for which `check` holds; events come every few seconds at least."""
+    deadline = time.monotonic() + DEADLINE_S
+    for found in stream:
+        if check(found):
+            return found
+        assert time.monotonic() < deadline, found
+    raise AssertionError("the stream has ended")
+
+
 def test_a_viewer_is_sent_everything_once_and_then_what_is_new(server: dashboard.Server) -> None:
     queue = Queue(Path(server.path).parent)
     stream = follow(server)
     first = next(stream)
     assert first["whole"] and first["runs"] == [] and first["status"]["total"] == 0
     add(queue, {"id": "a"}, {"id": "b"})
-    second = next(each for each in stream if each["status"]["total"])
+    second = awaited(stream, lambda each: each["status"]["total"])
     assert second["version"] > first["version"] and "whole" not in second
     queue.drain()
-    third = next(each for each in stream if each["status"]["completed"] == 2)
+    third = awaited(stream, lambda each: each["status"]["completed"] == 2)
     assert {run["job"] for run in third["runs"]} <= {"a", "b"}
     again = next(follow(server))
     assert again["whole"] and [run["job"] for run in again["runs"]] == ["a", "b"]
@@ -461,7 +499,7 @@ def test_fifty_viewers_cost_one_look_each_change_and_no_thread_when_they_leave(
     count = len(looks)
     add(queue, {"id": "a"})
     for viewer in viewers:
-        assert next(each for each in viewer if each["status"]["total"])["status"]["pending"] == 1
+        assert awaited(viewer, lambda each: each["status"]["total"])["status"]["pending"] == 1
     assert len(looks) == count + 1, "one look for all of them"
     for viewer in viewers:
         viewer.close()
