@@ -550,11 +550,11 @@ def test_silent_slow_and_broken_clients_neither_stop_it_nor_leak_threads(
     server: dashboard.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dashboard, "CONNECTIONS", 20)
-    monkeypatch.setattr(dashboard, "REQUEST_S", 1.0)
+    monkeypatch.setattr(dashboard, "REQUEST_S", 3.0)
     monkeypatch.setattr(dashboard, "REFRESH_S", 0.2)
     before = threading.active_count()
     here = ("127.0.0.1", server.port)
-    crowd = [socket.create_connection(here, timeout=30) for _ in range(60)]
+    crowd = [socket.create_connection(here, timeout=30) for _ in range(100)]
     for number, client in enumerate(crowd):
         said = [b"", b"GET / HT", b"\0\xff\r\n\r\n", b"GET / HTTP/1.0\r\nHost: a\r\nCookie: "]
         with suppress(OSError):  # turned out already, for a newer one
@@ -641,21 +641,46 @@ def test_metrics_are_what_prometheus_reads_and_what_has_happened(window: Window)
 
 def test_metrics_count_on_and_each_run_once(window: Window) -> None:
     flag = window.queue.folder / "flag"
-    add(window.queue, {"id": "a", "command": f"while [ ! -e {flag} ]; do sleep 0.05; done"})
+    add(window.queue, {})
     window.queue.start(count=2)
+    eventually(lambda: metrics(window)["queuectl_runs_total", "completed"] == 1)
+    add(window.queue, {"id": "a", "command": f"while [ ! -e {flag} ]; do sleep 0.05; done"})
     eventually(lambda: metrics(window)["queuectl_workers_busy",] == 1)
     found = metrics(window)
-    assert found["queuectl_workers",] == 2 and found["queuectl_runs_total", "completed"] == 0
+    assert found["queuectl_workers",] == 2 and found["queuectl_runs_total", "completed"] == 1
     flag.touch()
-    eventually(lambda: metrics(window)["queuectl_runs_total", "completed"] == 1)
-    assert metrics(window)["queuectl_run_seconds_count",] == 1
+    eventually(lambda: metrics(window)["queuectl_runs_total", "completed"] == 2)
+    assert metrics(window)["queuectl_run_seconds_count",] == 2
     add(window.queue, {"id": "b"})
     eventually(lambda: window.queue.state("b") == "completed")
-    assert metrics(window)["queuectl_runs_total", "completed"] == 2
+    assert metrics(window)["queuectl_runs_total", "completed"] == 3
     change(window.queue, lambda db: list(database.prune(db, ["completed"], time.time() + 9)))
     found = metrics(window)
     assert found["queuectl_jobs", "completed"] == 0, "a gauge follows"
-    assert found["queuectl_runs_total", "completed"] == 2, "a counter never goes back"
+    assert found["queuectl_runs_total", "completed"] == 3, "a counter never goes back"
+
+
+def test_a_run_that_began_long_before_the_first_look_is_counted_when_it_ends(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "RECENT_RUNS", 1)
+    add(queue, {}, {}, {}, {})
+    db, now, meter = database.connect(queue.path), time.time(), dashboard.Meter()
+    supervisor = database.register_supervisor(db, "elsewhere", "boot", 1, "birth", now)
+    slow, quick = (database.register_worker(db, supervisor, 1, "birth", now) for _ in range(2))
+    held, _ = database.claim(db, slow, now, 0)
+    while run := database.claim(db, quick, now, 0)[0]:
+        database.finish(db, run, database.Result("completed"), now, 0, 0)
+    meter.read(db)
+    assert meter.ended == {"completed": 1}, "of the past only RECENT_RUNS"
+    database.finish(db, held, database.Result("failed"), now, 0, 0)
+    meter.read(db)
+    meter.read(db)
+    assert meter.ended == {"completed": 1, "failed": 1}
+    for name in (slow, quick):
+        database.remove_worker(db, name)
+    database.remove_supervisor(db, supervisor)
+    db.close()
 
 
 def test_the_oldest_ready_job_is_found_whatever_its_priority(queue: Queue) -> None:
