@@ -905,16 +905,19 @@ def test_what_a_job_contains_stays_text(window: Window, tab: Callable) -> None:
 
 
 def test_output_grows_while_the_job_runs(window: Window, tab: Callable) -> None:
-    flag = window.queue.folder / "flag"
-    command = f"echo one; while [ ! -e {flag} ]; do sleep 0.05; done; echo two"
+    flags = [window.queue.folder / name for name in ("first", "second")]
+    waits = [f"while [ ! -e {flag} ]; do sleep 0.05; done" for flag in flags]
+    command = f"echo one; {waits[0]}; echo two; {waits[1]}; echo three"
     add(window.queue, {"id": "a", "command": command})
     window.queue.start()
     page = tab()
     page.click("button[title=a]")
     eventually(lambda: page.text_content("#out") == "one\n")
-    assert "on w1 for" in page.text_content("#sentence")
-    flag.touch()
+    flags[0].touch()
     eventually(lambda: page.text_content("#out") == "one\ntwo\n")
+    assert "on w1 for" in page.text_content("#sentence"), "it still runs"
+    flags[1].touch()
+    eventually(lambda: page.text_content("#out") == "one\ntwo\nthree\n")
     eventually(lambda: page.text_content("#sentence") == "Completed on run 1 of 1.")
 
 
