@@ -993,8 +993,14 @@ def test_all_can_be_done_with_the_keyboard(window: Window, tab: Callable) -> Non
     tab_to("#jobs .link")
     page.keyboard.press("Enter")
     page.wait_for_selector("#job[open]")
+    page.evaluate("document.querySelector('#jobs .link').id = 'old'")
+    add(window.queue, {"id": "c", "command": "exit 1"})
+    eventually(
+        lambda: page.locator("#jobs tbody tr").count() == 2 and not page.query_selector("#old")
+    )
     page.keyboard.press("Escape")
-    assert page.evaluate("document.activeElement.className") == "link", "focus comes back"
+    focus = "document.activeElement.matches('#jobs .link') && document.activeElement.textContent"
+    assert page.evaluate(focus) == "a", "focus comes back, though the row was made anew"
 
 
 def test_text_and_pages_are_the_servers_work(window: Window, tab: Callable) -> None:
