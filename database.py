@@ -173,9 +173,9 @@ def connect(path: str, durable: bool = True) -> sqlite3.Connection:
         if not isinstance(error, PermissionError):  # what is read-only can still be read
             raise QueueError(f"{path}: cannot be opened as a queue: {error.strerror}") from None
     # Absolute, for to SQLite some names are no files (:memory:).
-    kind = Explained if explain else sqlite3.Connection
+    kind = {"factory": Explained} if explain else {}
     place = os.path.abspath(path)
-    db = sqlite3.connect(place, timeout=BUSY_TIMEOUT_S, isolation_level=None, factory=kind)
+    db = sqlite3.connect(place, timeout=BUSY_TIMEOUT_S, isolation_level=None, **kind)
     try:
         db.row_factory = sqlite3.Row
         db.text_factory = lambda data: data.decode(errors="replace")  # bytes may have been flipped
