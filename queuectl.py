@@ -792,6 +792,25 @@ def prune(
 
 
 @cli.command()
+@click.argument("names", nargs=-1, metavar="[SCENE]...")
+@click.option("--list", "listed", is_flag=True, help="Only name the scenes.")
+@click.option("--pause", is_flag=True, help="Wait for Enter between scenes.")
+def demo(names: tuple[str, ...], listed: bool, pause: bool) -> None:
+    """Show the queue at work, scene by scene, on a throw-away queue of its own.
+
+    \b
+    queuectl.py demo --pause kill race
+    """
+    import runpy
+
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "demo.py")
+    if not os.path.exists(script):
+        raise database.QueueError(f"{script} is missing: demo needs the whole checkout")
+    sys.argv = [script, *["--list"] * listed, *["--pause"] * pause, "--", *names]
+    runpy.run_path(script, run_name="__main__")
+
+
+@cli.command()
 @json_option
 @click.pass_obj
 def doctor(place: Place, as_json: bool) -> None:
