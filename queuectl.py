@@ -814,16 +814,21 @@ def demo(names: tuple[str, ...], listed: bool, pause: bool) -> None:
 @json_option
 @click.pass_obj
 def doctor(place: Place, as_json: bool) -> None:
-    """Check the file and the queue's own invariants; exit 1 if one is broken."""
+    """Check the file and the queue's own invariants; exit 1 if one is broken.
+
+    Below each stands what would break it.
+    """
     found = list(database.check(place.db, place.path))
-    ok = not any(problem for _, problem in found)
+    ok = not any(problem for _, problem, _ in found)
     if as_json:
-        emit(
-            {"ok": ok, "checks": [{"check": name, "problem": text or None} for name, text in found]}
-        )
+        keys = "check", "problem", "broken_by"
+        emit({"ok": ok, "checks": [dict(zip(keys, (a, b or None, c))) for a, b, c in found]})
     else:
-        for name, problem in found:
+        for name, problem, cause in found:
             click.echo(clean(f"BROKEN  {name}: {problem}" if problem else f"ok      {name}"))
+            click.secho(
+                f"        {'perhaps' if problem else 'would be'} broken by {cause}", dim=True
+            )
     raise SystemExit(not ok)
 
 
