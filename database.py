@@ -693,13 +693,11 @@ def runs(db: sqlite3.Connection, seq: int) -> list[sqlite3.Row]:
 
 
 def recent_runs(db: sqlite3.Connection, since: float) -> list[sqlite3.Row]:
-    """Return the last runs that ended after `since`, at most RECENT_RUNS of them."""
+    """Return the last runs that ended after `since`, at most RECENT_RUNS, without their output."""
+    columns = "id, outcome, due_at, started_at, finished_at"
     newest = f"id > (SELECT max(id) FROM runs) - {RECENT_RUNS}"
     return db.execute(
-        f"""
-        SELECT outcome, due_at, started_at, finished_at
-        FROM runs WHERE {newest} AND finished_at > ? ORDER BY id""",
-        (since,),
+        f"SELECT {columns} FROM runs WHERE {newest} AND finished_at > ? ORDER BY id", (since,)
     ).fetchall()
 
 
@@ -722,6 +720,125 @@ def settled(db: sqlite3.Connection) -> bool:
 def next_due_at(db: sqlite3.Connection) -> float | None:
     """Return when the next waiting job comes due, or None if none waits for a time."""
     return db.execute("SELECT min(run_at) FROM jobs WHERE due = 0").fetchone()[0]
+
+
+# What follows is for the dashboard: each costs the same in a queue of a million jobs as in a small
+# one, but for `counts`.
+
+SEARCHED = 50_000  # jobs in which one page of a search looks for a text
+BRIEF = """
+    SELECT id, substr(command, 1, 300) AS command, priority, run_at, max_retries, state, attempts,
+           exit_code, substr(last_error, 1, 300) AS last_error, worker, created_at, updated_at,
+           started_at, finished_at, cancelling
+    FROM jobs"""
+
+
+def data_version(db: sqlite3.Connection) -> int:
+    """Return a number that changes when another connection has changed the queue."""
+    return db.execute("PRAGMA data_version").fetchone()[0]
+
+
+def jobs_page(
+    db: sqlite3.Connection, state: str, text: str, before: int, limit: int, brief: bool = False
+) -> tuple[list[sqlite3.Row], int | None]:
+    """Return (jobs whose seq is below `before`, newest first; the next `before`, None at the end).
+
+    `state` and `text` (in the id or the command, in any case) may be "". Only the next SEARCHED
+    jobs are looked through for a text, so a short page may have a next one; but an id that begins
+    with it is found at once, however old. Brief: no output, long texts cut.
+    """
+    given = {"state": state, "text": text, "before": before, "limit": limit, "floor": 0}
+    where, order = "state = :state" if state else "1", "ORDER BY seq DESC LIMIT"
+    window = f"{where} AND seq < :before AND seq > :floor"
+    if text:
+        edge = f"SELECT seq FROM jobs WHERE {window} {order} 1 OFFSET {SEARCHED}"
+        given["floor"] = (db.execute(edge, given).fetchone() or [0])[0]
+        window += """
+            AND (instr(lower(command), lower(:text)) OR instr(lower(id), lower(:text)))"""
+    seqs = [
+        row[0] for row in db.execute(f"SELECT seq FROM jobs WHERE {window} {order} :limit", given)
+    ]
+    rest = seqs[-1] if len(seqs) == limit else given["floor"] + 1 if given["floor"] else None
+    if text:
+        named = f"""
+            SELECT seq FROM jobs WHERE id >= :text AND id < :text || char(1114111) AND +{where}
+            AND seq < :before LIMIT :limit"""
+        seqs += [row[0] for row in db.execute(named, given)]
+    chosen = f"{BRIEF if brief else JOB} WHERE seq IN ({marks(seqs)}) {order} :limit"
+    return db.execute(chosen, numbered(seqs) | {"limit": limit}).fetchall(), rest
+
+
+def lane_runs(db: sqlite3.Connection, since: float, limit: int) -> list[sqlite3.Row]:
+    """Return the open runs, and the newest `limit` that ended after `since`, with their jobs."""
+    return db.execute(
+        """
+        SELECT runs.id, jobs.id AS job, substr(command, 1, 200) AS command, attempt,
+               max_retries + 1 AS most, runs.worker, due_at, runs.started_at, runs.finished_at,
+               outcome, substr(error, 1, 200) AS error
+        FROM runs JOIN jobs ON seq = job
+        WHERE runs.id IN (
+            SELECT runs.id FROM jobs JOIN runs ON job = seq
+            WHERE state = 'processing' AND runs.finished_at IS NULL
+            UNION
+            SELECT id FROM (
+                SELECT id FROM runs
+                WHERE id > (SELECT max(id) FROM runs) - 2 * :limit AND finished_at > :since
+                ORDER BY id DESC LIMIT :limit))
+        ORDER BY runs.id""",
+        {"since": since, "limit": limit},
+    ).fetchall()
+
+
+def runs_by_minute(db: sqlite3.Connection, since: float) -> list[tuple[int, int, int]]:
+    """Return (minutes since 1970, runs completed in it, failed) of at most RECENT_RUNS runs."""
+    return [
+        tuple(row)
+        for row in db.execute(
+            f"""
+            SELECT CAST(finished_at / 60 AS INTEGER), sum(outcome = 'completed'),
+                   sum(outcome = 'failed')
+            FROM runs
+            WHERE id > (SELECT max(id) FROM runs) - {RECENT_RUNS} AND finished_at > ?
+            GROUP BY 1 ORDER BY 1""",
+            (since,),
+        )
+    ]
+
+
+def runs_after(
+    db: sqlite3.Connection, last: int | None, others: Iterable[int]
+) -> Iterator[sqlite3.Row]:
+    """Return the runs whose number is above `last` (None: of the last RECENT_RUNS), and others."""
+    listed = [*others, 0]  # no run's: the list is never empty
+    first = f"coalesce(:last, (SELECT max(id) FROM runs) - {RECENT_RUNS})"
+    columns = "id, outcome, due_at, started_at, finished_at"
+    return db.execute(
+        f"""
+        SELECT {columns} FROM runs WHERE id > {first}
+        UNION ALL
+        SELECT {columns} FROM runs WHERE id IN ({marks(listed)}) AND id <= {first}""",
+        {"last": last} | numbered(listed),
+    )
+
+
+def oldest_ready_at(db: sqlite3.Connection, now: float) -> float | None:
+    """Return since when the longest waiting job could have run, or None if none is ready.
+
+    One look for each priority, at most a hundred: the index has the earliest of each in front.
+    """
+    later = next_due_at(db)
+    found = [later] if later is not None and later <= now else []
+    head = """
+        SELECT priority, run_at FROM jobs WHERE due = 1 AND priority < :below
+        ORDER BY priority DESC, run_at LIMIT 1"""
+    below = 2**63 - 1
+    for _ in range(100):
+        row = db.execute(head, {"below": below}).fetchone()
+        if row is None:
+            break
+        below = row["priority"]
+        found.append(row["run_at"])
+    return min(found, default=None)
 
 
 # --- how a row looks from outside ------------------------------------------------------------

@@ -248,6 +248,20 @@ def number(_: Any, __: Any, text: str | None) -> float | None:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def start_explaining(_: Any, __: Any, wanted: bool) -> None:
+    if wanted:
+        database.explain = explain
+
+
+explain_option = click.option(
+    "--explain",
+    is_flag=True,
+    expose_value=False,
+    callback=start_explaining,
+    help="Show each SQL statement on stderr.",
+)
 limit_option = click.option(
     "--limit", type=click.IntRange(0), help="At most so many; 0: all. Default 100, with --json all."
 )
@@ -265,12 +279,11 @@ limit_option = click.option(
     default=config.DEFAULT_PATH,
     help="The settings file.",
 )
-@click.option("--explain", "explained", is_flag=True, help="Show each SQL statement on stderr.")
+@explain_option
 @click.pass_obj
-def cli(place: Place, db: str, settings: str, explained: bool) -> None:
+def cli(place: Place, db: str, settings: str) -> None:
     """A background job queue: shell commands in one SQLite file, run by worker processes."""
     place.path, place.config_path = db, settings
-    database.explain = explain if explained else None
 
 
 @cli.command()
@@ -406,6 +419,7 @@ def worker() -> None:
 @click.option("--count", default=1, type=click.IntRange(1, 1000), help="How many. Default 1.")
 @click.option("--detach", is_flag=True, help="In the background; returns once they are ready.")
 @click.option("--drain", is_flag=True, help="Leave when nothing is left to do.")
+@explain_option  # here too, for this is where one wants to see it
 @click.pass_obj
 def start(place: Place, count: int, detach: bool, drain: bool) -> None:
     """Run jobs. Ctrl+C finishes the running ones and leaves; twice, it puts them back.
@@ -472,7 +486,7 @@ def list_workers(place: Place, as_json: bool) -> None:
 def status(place: Place, watch: bool, as_json: bool) -> None:
     """Show the counts by state, the workers and the last hour."""
     while True:
-        found = status_of(place)
+        found = status_of(place.db)
         if watch and sys.stdout.isatty():
             click.clear()
         if as_json:
@@ -484,18 +498,18 @@ def status(place: Place, watch: bool, as_json: bool) -> None:
         time.sleep(1)
 
 
-def status_of(place: Place) -> dict[str, Any]:
+def status_of(db: Any) -> dict[str, Any]:
     import statistics
 
     from worker import live_workers
 
     now = time.time()
-    runs = database.recent_runs(place.db, now - 3600)
+    runs = database.recent_runs(db, now - 3600)
     # Of very many runs only the last are looked at; then the time that they took is the span.
     span = 3600 if len(runs) < database.RECENT_RUNS else max(1, now - runs[0]["finished_at"])
     ended = [run for run in runs if run["outcome"] in ("completed", "failed")]
     completed = sum(run["outcome"] == "completed" for run in ended)
-    found = database.counts(place.db) | {"workers": len(live_workers(place.db))}
+    found = database.counts(db) | {"workers": len(live_workers(db))}
     found["jobs_per_minute"] = round(completed * 60 / span, 2)
     found["success_rate"] = round(completed / len(ended), 4) if ended else None
     for key, begin, end in (
@@ -830,6 +844,64 @@ def doctor(place: Place, as_json: bool) -> None:
                 f"        {'perhaps' if problem else 'would be'} broken by {cause}", dim=True
             )
     raise SystemExit(not ok)
+
+
+@cli.command()
+@click.option("--port", default=3000, type=click.IntRange(0, 65535), help="0: a free one.")
+@click.option("--host", default="127.0.0.1", help="Listen here. Default: this machine alone.")
+@click.option("--open", "opening", is_flag=True, help="Open it in a browser.")
+@click.pass_obj
+def dashboard(place: Place, port: int, host: str, opening: bool) -> None:
+    """Serve a live page of the queue until Ctrl+C.
+
+    \b
+    queuectl.py dashboard --port 0 --open
+    """
+    import select
+    import signal
+
+    import worker as hands
+    from dashboard import Server
+
+    server = Server(place.path, host, port, *dashboard_needs(place))
+    # A signal leaves a byte in the pipe: so none is lost, whenever it comes.
+    wake, wake_write = hands.quiet_pipe()
+    signal.set_wakeup_fd(wake_write)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    server.start()
+    click.echo(f"dashboard on {server.address}")
+    click.echo("Ctrl+C ends it", err=True)
+    if not server.is_loopback:
+        told = "whoever sees this address can read all jobs and let them run again"
+        click.echo(f"Warning: {host} is reached from elsewhere: {told}", err=True)
+    if opening:
+        import webbrowser
+
+        webbrowser.open(server.address.replace(server.token, server.ticket))
+    select.select([wake], [], [])
+    server.close()
+
+
+def dashboard_needs(place: Place) -> tuple[str, Any]:
+    """Return the private directory of the queue, and the hands that the window asks for."""
+    import worker as hands
+    from dashboard import Hands
+
+    place.db.close()  # made if need be; the window opens its own
+    settings, path = place.settings, place.path
+    try:
+        hands.make_run_directory(path)
+    except OSError as error:
+        raise database.QueueError(f"{error.filename}: {error.strerror}") from None
+    limit = int(settings["output_limit_bytes"])
+    return hands.run_directory(path), Hands(
+        hands.live_workers,
+        lambda worker, name: hands.live_output(path, worker, name, 0, limit),
+        lambda count: hands.ring(path, count),
+        lambda seqs: hands.await_cancelled(path, settings, lambda *_: None, seqs),
+        status_of,
+    )
 
 
 if __name__ == "__main__":

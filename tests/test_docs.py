@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import mutants
 import pytest
 from conftest import ROOT
 
@@ -63,7 +64,8 @@ def test_every_setting_is_in_the_readme_with_its_default_and_range():
 
 
 def test_every_function_and_table_in_design_md_exists():
-    for name in re.findall(r"`(?:Supervisor\.)?([a-z_]+)`", DESIGN):
+    text = DESIGN.partition("## Why is this line here?")[0]
+    for name in re.findall(r"`(?:Supervisor\.)?([a-z_]+)`", text):
         places = (database, worker, worker.Supervisor, config)
         sql = " ".join(database.SCHEMA) + " ".join(database.STATES)
         words = {
@@ -83,6 +85,19 @@ def test_every_function_and_table_in_design_md_exists():
 @pytest.mark.parametrize("state", database.STATES)
 def test_every_state_is_explained(state):
     assert f"`{state}`" in README and state in DESIGN
+
+
+def test_the_table_of_guards_is_that_of_the_mutants():
+    section = DESIGN.partition("## Why is this line here?")[2].partition("\n## ")[0]
+    shown = [row for row in section.splitlines() if row.startswith("| `")]
+
+    def cell(text: str) -> str:
+        return text.replace("|", r"\|")
+
+    def code(text: str) -> str:
+        return f"`{cell(text)}`" if text else "nothing"
+
+    assert shown == [f"| {code(m.old)} | {code(m.new)} | {cell(m.why)} |" for m in mutants.table()]
 
 
 def test_the_files_that_the_documents_name_are_there():

@@ -1,0 +1,555 @@
+"""The window: one page, its live events, a JSON interface and metrics, over HTTP.
+
+Owns routes, headers, who is let in, and what is sent to whom when. Must not hold SQL (database.py
+does), print, or touch processes: what it needs done by the hands comes in as `Hands`.
+
+    watcher, one thread     looks, while somebody watches, whether the queue has changed; if so,
+      |                     takes one snapshot for all
+      +- viewer 1 .. N      a thread each: sends the newest snapshot, or only what is new to it
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedReader
+from itertools import accumulate
+from socketserver import TCPServer
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, urlsplit
+
+import database
+from database import QueueError, as_object
+
+PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "dashboard.html")
+LOOK_S = 0.25  # how often the watcher looks for a change ...
+SHARE = 10  # ... but it rests ten times as long as it worked: a big queue makes it slow, not hungry
+REFRESH_S = 5.0  # without any change: the last hour goes on, and viewers hear that we are there
+LANES_S, LANE_RUNS, CHART_S, PAGE_JOBS = 900, 600, 1800, 50  # what the page shows at most
+REQUEST_S, SEND_S = 10.0, 10.0  # to read a whole request; to get rid of one piece of an answer
+CONNECTIONS = 256  # at once; then the oldest that has not asked for anything yet must go
+BODY_BYTES, OUTPUT_BYTES = 2**20, 2**16
+BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800, 3600)  # seconds, of the histograms
+REFUSAL = b"403: open the address that `queuectl.py dashboard` printed\n"
+HEADERS = {  # of every answer: what a browser may do with it, which is little
+    "Content-Security-Policy": "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}';"
+    " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors"
+    " 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",  # the address has the token in it
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+class Hands(NamedTuple):
+    """What others do for the window; queuectl.py fills it with functions of worker.py."""
+
+    live_workers: Callable[[Any], list[Any]]  # (db): rows of database.workers
+    live_output: Callable[[str, str], tuple[int, bytes]]  # (worker, "stdout"): bytes cut, bytes
+    ring: Callable[[int], None]  # wakes so many workers
+    end_cancelled: Callable[[list[int]], None]  # (seqs): returns when those jobs have ended
+    status_of: Callable[[Any], dict[str, Any]]  # (db): what `status --json` prints
+
+
+def opened(path: str) -> closing:
+    """Return a connection for one look, for `with`; raises QueueError if there is no queue."""
+    if not os.path.exists(path):  # connecting would make a new one
+        raise QueueError(f"{path} is gone")
+    return closing(database.connect(path))
+
+
+def file_number(path: str) -> int | None:
+    with suppress(OSError):
+        return os.stat(path).st_ino
+
+
+def as_json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+class Watcher:
+    """Sees that the queue has changed, and keeps one snapshot as all viewers get it."""
+
+    def __init__(self, path: str, hands: Hands):
+        self.path, self.hands = path, hands
+        self.news, self.sharing = threading.Condition(), threading.Lock()
+        self.viewers, self.version, self.stopped = 0, 0, False
+        self.full = self.delta = b""  # full is empty while nobody watches
+        self.runs: dict[int, dict[str, Any]] = {}  # of the last snapshot, by number
+        self.answers: dict[str, tuple[int, bytes]] = {}  # request: (version as of which, answer)
+
+    def run(self) -> None:
+        """Follow the queue while there are viewers, until stopped."""
+        while not self.stopped:
+            with self.news:
+                self.full = b""  # it will be old by the time that somebody comes
+                self.news.wait_for(lambda: self.viewers or self.stopped)
+            try:
+                with opened(self.path) as db:
+                    self.follow(db)
+            except (OSError, QueueError, database.SQLiteError) as error:
+                self.publish({"trouble": database.error_text(error, self.path)}, [])
+                self.rest(1)
+
+    def follow(self, db: Any) -> None:
+        """Publish a snapshot whenever something has changed, as long as it is the same file."""
+        file, seen, refresh_at = file_number(self.path), None, 0.0
+        while self.viewers and not self.stopped and file_number(self.path) == file:
+            began = time.monotonic()
+            workers = self.hands.live_workers(db)  # one that is killed tells the file nothing
+            found = database.data_version(db), [row["worker"] for row in workers]
+            if found != seen or began >= refresh_at:
+                seen, refresh_at = found, began + REFRESH_S
+                self.look(db, workers, time.time())
+            self.rest(max(LOOK_S, SHARE * (time.monotonic() - began)))
+
+    def look(self, db: Any, workers: list[Any], now: float) -> None:
+        """Take a snapshot: all that the page shows, but for the list of jobs."""
+        keys = ("worker", "pid", "job")
+        found = {
+            "now": now,
+            "queue": self.path,
+            "status": self.hands.status_of(db),
+            "workers": [{key: row[key] for key in keys} for row in workers],
+            "minutes": database.runs_by_minute(db, now - CHART_S),
+        }
+        self.publish(found, [dict(row) for row in database.lane_runs(db, now - LANES_S, LANE_RUNS)])
+
+    def publish(self, found: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+        changed = [run for run in runs if self.runs.get(run["id"]) != run]
+        with self.news:
+            self.version, self.runs = self.version + 1, {run["id"]: run for run in runs}
+            found["version"] = self.version
+            self.full = b"data: %s\n\n" % as_json(found | {"runs": runs, "whole": True})
+            self.delta = b"data: %s\n\n" % as_json(found | {"runs": changed})
+            self.news.notify_all()
+
+    def events(self) -> Iterator[bytes]:
+        """Yield what one viewer is to be sent: all of it if it is new, or slow and missed some."""
+        seen = 0
+        with self.news:
+            self.viewers += 1
+            self.news.notify_all()
+        try:
+            while True:
+                with self.news:
+                    while not self.stopped and (not self.full or self.version == seen):
+                        self.news.wait()
+                    text = self.delta if seen and self.version == seen + 1 else self.full
+                    seen = self.version
+                if self.stopped:
+                    return
+                yield text
+        finally:
+            with self.news:
+                self.viewers -= 1
+
+    def shared(self, request: str, as_of: int, make: Callable[[], bytes]) -> bytes:
+        """Return make(), or what it made for another viewer since the snapshot `as_of`."""
+        with self.sharing:
+            version, answer = self.answers.get(request, (-1, b""))
+            if version < as_of:
+                if len(self.answers) > 100:
+                    self.answers.clear()
+                version, answer = self.answers[request] = self.version, make()
+            return answer
+
+    def rest(self, span: float) -> None:
+        with self.news:
+            self.news.wait_for(lambda: self.stopped, span)
+
+    def stop(self) -> None:
+        with self.news:
+            self.stopped = True
+            self.news.notify_all()
+
+
+class Meter:
+    """Counts runs as they end: so its counters only grow, and a look reads only what is new."""
+
+    def __init__(self) -> None:
+        self.lock, self.last, self.open = threading.Lock(), None, set()  # open: seen, not their end
+        self.ended: Counter[str] = Counter()  # by outcome
+        self.sums = {"run": 0.0, "wait": 0.0}
+        self.buckets = {name: [0] * (len(BUCKETS) + 1) for name in self.sums}
+
+    def read(self, db: Any) -> None:
+        """Count what has ended since the last time; at first, of the last RECENT_RUNS."""
+        if self.last is None:
+            self.open = {row["run"] for row in database.workers(db) if row["run"]}
+        last, self.last = self.last, self.last or 0
+        for row in database.runs_after(db, last, self.open):
+            self.last = max(self.last, row["id"])
+            if row["finished_at"] is None:
+                self.open.add(row["id"])
+                continue
+            self.open.discard(row["id"])
+            self.ended[row["outcome"]] += 1
+            for name, begin, end in (("run", "started", "finished"), ("wait", "due", "started")):
+                seconds = max(0.0, row[end + "_at"] - row[begin + "_at"])  # clocks are set back
+                self.sums[name] += seconds
+                self.buckets[name][bisect_left(BUCKETS, seconds)] += 1
+
+    def families(self, db: Any, workers: list[Any], now: float) -> Iterator[tuple]:
+        """Yield (name, type, help, {what follows the name: value}) for each metric."""
+        jobs, ready = database.counts(db), database.oldest_ready_at(db, now)
+        since = f"ended since the first look here, or are of the {database.RECENT_RUNS} before"
+        told = {"run": "Run time of runs that", "wait": "Time from due to begun of runs that"}
+        outcomes = ("completed", "failed", "cancelled", "stopped")
+        by_state = {f'{{state="{state}"}}': jobs[state] for state in database.STATES}
+        yield "jobs", "gauge", "Jobs by state.", by_state
+        by_outcome = {f'{{outcome="{each}"}}': self.ended[each] for each in outcomes}
+        yield "runs_total", "counter", f"Runs that {since}.", by_outcome
+        for name, buckets in self.buckets.items():
+            totals = list(accumulate(buckets))
+            samples = {f'_bucket{{le="{le:g}"}}': total for le, total in zip(BUCKETS, totals)}
+            samples |= {'_bucket{le="+Inf"}': totals[-1], "_count": totals[-1]}
+            samples["_sum"] = self.sums[name]
+            yield f"{name}_seconds", "histogram", f"{told[name]} {since}.", samples
+        yield "workers", "gauge", "Live workers.", {"": len(workers)}
+        busy = sum(row["job"] is not None for row in workers)
+        yield "workers_busy", "gauge", "Those that run a job.", {"": busy}
+        told = "For how long the longest waiting job could have run; 0: none is ready."
+        age = 0 if ready is None else max(0.0, now - ready)
+        yield "oldest_ready_job_age_seconds", "gauge", told, {"": age}
+
+    def text(self, db: Any, workers: list[Any], now: float) -> str:
+        """Return it all as on prometheus.io/docs/instrumenting/exposition_formats."""
+        lines = []
+        with self.lock:
+            self.read(db)
+            for name, kind, told, samples in self.families(db, workers, now):
+                name = f"queuectl_{name}"
+                lines += [f"# HELP {name} {told}", f"# TYPE {name} {kind}"]
+                lines += [f"{name}{suffix} {value}" for suffix, value in samples.items()]
+        return "\n".join([*lines, ""])
+
+
+class Server(ThreadingHTTPServer):
+    """Listens from its making on; `start` begins to answer, `close` ends all of it."""
+
+    daemon_threads, request_queue_size = True, 128
+
+    def __init__(self, path: str, host: str, port: int, folder: str, hands: Hands):
+        """Raises QueueError if the address cannot be had. `folder`, private, keeps the token."""
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            super().__init__((host, port), Handler)
+        except (OSError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            told = f"cannot listen on {host} port {port}: {why}; --port 0 takes a free one"
+            raise QueueError(told) from None
+        ip, self.port = self.server_address[:2]
+        self.path, self.hands, self.watcher, self.meter = path, hands, Watcher(path, hands), Meter()
+        self.lock = threading.Lock()  # guards the next three
+        self.connections, self.waiting = 0, {}  # waiting: those that have not asked yet, by age
+        self.ending: set[int] = set()  # seqs of running jobs that are being cancelled
+        self.is_loopback = ipaddress.ip_address(ip).is_loopback
+        self.is_everywhere = ipaddress.ip_address(ip).is_unspecified
+        name = socket.gethostname() if self.is_everywhere else host
+        self.host = f"[{name}]:{self.port}" if ":" in name else f"{name}:{self.port}"
+        self.token_path = os.path.join(folder, f"dashboard-{self.port}.token")
+        self.token = kept_token(self.token_path)
+        self.cookie = f"queuectl_{self.port}={self.token}"  # browsers share them between ports
+        # A cookie comes along with whatever another site makes the browser send; this does not.
+        self.key = hmac.digest(self.token.encode(), b"changes", "sha256").hex()
+        self.address = f"http://{self.host}/?token={self.token}"
+        # Serves once in place of the token: to start a browser with, for all can read `ps`.
+        self.ticket = secrets.token_urlsafe(32)
+
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)  # HTTPServer's would ask the DNS for our own name
+
+    def start(self) -> None:
+        for target in (self.watcher.run, self.serve_forever):
+            threading.Thread(target=target, daemon=True).start()
+
+    def close(self) -> None:
+        self.watcher.stop()
+        self.shutdown()
+        self.server_close()
+        with suppress(OSError):
+            os.unlink(self.token_path)
+
+    def process_request(self, request: Any, address: Any) -> None:
+        """Give a connection its thread. A crowd of silent ones cannot keep out one that asks."""
+        with self.lock:
+            full = self.connections >= CONNECTIONS * (2 if self.waiting else 1)
+            if self.connections >= CONNECTIONS and self.waiting:
+                oldest = next(iter(self.waiting))
+                del self.waiting[oldest]
+                with suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end of it, and leaves
+            self.connections += 1
+            self.waiting[request] = None
+        if full:
+            self.shutdown_request(request)
+        else:
+            super().process_request(request, address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self.lock:
+            self.connections -= 1
+            self.waiting.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that is gone or slow is no news
+            super().handle_error(request, address)
+
+    def takes(self, ticket: str) -> bool:
+        with self.lock:
+            taken = bool(self.ticket) and same(ticket, self.ticket)
+            self.ticket = "" if taken else self.ticket
+        return taken
+
+    def is_ours(self, host: str) -> bool:
+        """Say whether a Host header names this server. Another name may be a site that has its own
+        name point here (DNS rebinding); a bare number cannot be."""
+        if self.is_everywhere:
+            with suppress(ValueError):
+                return bool(ipaddress.ip_address(urlsplit(f"//{host}").hostname or ""))
+        return host in (self.host, self.host.removesuffix(":80"))
+
+
+def kept_token(path: str) -> str:
+    """Return the secret of the address: a new one, or what a killed dashboard left in this file.
+
+    So its open pages go on when it is started again, and Prometheus finds it (credentials_file).
+    """
+    with suppress(OSError, ValueError), open(path) as file:
+        if re.fullmatch(r"[\w-]{43}", token := file.read(100)):
+            return token
+    token = secrets.token_urlsafe(32)
+    try:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(token)
+    except OSError as error:
+        raise QueueError(f"{path}: {error.strerror}") from None
+    return token
+
+
+def same(given: str, wanted: str) -> bool:
+    """Compare secrets in a time that does not tell how much of them is right."""
+    return hmac.compare_digest(given.encode(errors="replace"), wanted.encode())
+
+
+class Patience(socket.SocketIO):
+    """Reads a request, all of it within REQUEST_S, however slowly its bytes come."""
+
+    def __init__(self, connection: socket.socket):
+        super().__init__(connection, "r")
+        self.connection, self.deadline = connection, time.monotonic() + REQUEST_S
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.connection.settimeout(max(0.001, self.deadline - time.monotonic()))
+        return super().readinto(buffer)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection, one thread, one request: HTTP/1.0 has no more."""
+
+    server: Server
+    server_version, sys_version = "queuectl", ""
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = BufferedReader(Patience(self.connection))
+        self.nonce = secrets.token_urlsafe(16)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing: only the face prints."""
+
+    def do_GET(self) -> None:
+        hands = self.server.hands
+        looks = {
+            "/api/status": hands.status_of,
+            "/api/workers": lambda db: [as_object(row) for row in hands.live_workers(db)],
+            "/api/jobs": self.jobs,
+            "/api/job": self.job,
+        }
+        routes = {path: lambda look=look: self.found(look) for path, look in looks.items()}
+        self.answer(routes | {"/": self.page, "/events": self.events, "/metrics": self.metrics})
+
+    def do_POST(self) -> None:
+        self.answer({"/api/retry": self.retry, "/api/cancel": self.cancel}, changes=True)
+
+    def do_other(self) -> None:
+        self.answer({})
+
+    do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_other
+
+    def answer(self, routes: dict[str, Callable[[], None]], changes: bool = False) -> None:
+        with self.server.lock:
+            self.server.waiting.pop(self.connection, None)
+        url = urlsplit(self.path)
+        self.query = dict(parse_qsl(url.query, errors="replace"))
+        try:
+            if not self.is_let_in(url.path, changes):
+                self.send(403, REFUSAL)
+            elif url.path not in routes:
+                self.send(404, b"404: there is nothing here\n")
+            else:
+                self.body = self.read_body() if changes else {}
+                routes[url.path]()
+        except database.SQLiteError as error:
+            self.send_json({"error": database.error_text(error, self.server.path)}, 503)
+        except (QueueError, ValueError) as error:
+            self.send_json({"error": str(error)}, 409 if isinstance(error, QueueError) else 400)
+
+    def is_let_in(self, path: str, changes: bool) -> bool:
+        """Say whether this request has the token, and for a change more than a cookie."""
+        server, headers = self.server, self.headers
+        if not server.is_ours(headers.get("Host", "")):
+            return False
+        if same(headers.get("Authorization", ""), f"Bearer {server.token}"):
+            return True  # no other site can make a browser send this
+        cookies = headers.get("Cookie", "").split("; ")
+        known = any(same(cookie, server.cookie) for cookie in cookies)
+        if changes:
+            return known and same(headers.get("X-Key", ""), server.key)
+        given = self.query.get("token", "") if path == "/" else ""
+        return known or same(given, server.token) or server.takes(given)
+
+    def read_body(self) -> dict[str, Any]:
+        length = int(self.headers.get("Content-Length") or 0)
+        if not 0 <= length <= BODY_BYTES:
+            raise ValueError("the body is too long")
+        try:
+            found = json.loads(self.rfile.read(length))
+        except RecursionError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError("the body is to be a JSON object")
+        return found
+
+    def page(self) -> None:
+        with open(PAGE, encoding="utf-8") as file:
+            text = file.read().replace("{{nonce}}", self.nonce).replace("{{key}}", self.server.key)
+        cookie = f"{self.server.cookie}; Path=/; HttpOnly; SameSite=Strict"
+        self.send(200, text.encode(), "text/html; charset=utf-8", cookie)
+
+    def events(self) -> None:
+        self.send(200, b"", "text/event-stream")
+        for text in self.server.watcher.events():
+            self.put(text)
+
+    def metrics(self) -> None:
+        with opened(self.server.path) as db:
+            workers = self.server.hands.live_workers(db)
+            text = self.server.meter.text(db, workers, time.time())
+        self.send(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+    def found(self, look: Callable[[Any], Any]) -> None:
+        """Answer with what `look` finds or, with `as_of`, has found since that snapshot."""
+
+        def make() -> bytes:
+            with opened(self.server.path) as db:
+                return as_json(look(db))
+
+        as_of = int(self.query.pop("as_of", 0))
+        request = f"{urlsplit(self.path).path} {sorted(self.query.items())}"
+        answer = self.server.watcher.shared(request, as_of, make) if as_of else make()
+        self.send(200, answer, "application/json")
+
+    def jobs(self, db: Any) -> dict[str, Any]:
+        """Return a page of job objects; `brief`: without output, long texts cut."""
+        state, text, brief = (self.query.get(key, "") for key in ("state", "text", "brief"))
+        if state not in ("", *database.STATES):
+            raise ValueError(f'no state "{state}"; there are {", ".join(database.STATES)}')
+        before = max(0, min(int(self.query.get("before", 2**62)), 2**62))  # above every seq
+        limit = max(1, min(int(self.query.get("limit", PAGE_JOBS)), 4 * PAGE_JOBS))
+        rows, rest = database.jobs_page(db, state, text, before, limit, bool(brief))
+        return {"jobs": [as_object(row) for row in rows], "next": rest}
+
+    def job(self, db: Any) -> dict[str, Any]:
+        """Return a job object with its runs and its sentence; of an open run the output so far."""
+        seq = database.find(db, self.query.get("id", ""))
+        row, runs, live = database.job(db, seq), database.runs(db, seq), {}
+        if runs and runs[-1]["finished_at"] is None:
+            for name in ("stdout", "stderr"):
+                cut, data = self.server.hands.live_output(runs[-1]["worker"], name)
+                live |= {name: data[-OUTPUT_BYTES:], f"{name}_bytes": cut + len(data)}
+            # Only what was read while the run was open is its own; the file serves the next, too.
+            row, runs = database.job(db, seq), database.runs(db, seq)
+            live = live if runs and runs[-1]["finished_at"] is None else {}
+        told = {"sentence": database.sentence(row, time.time())}
+        objects = [as_object(run) for run in runs[:-1]]
+        objects += [as_object(dict(run) | live) for run in runs[-1:]]
+        latest = {name: objects[-1][name] for name in ("stdout", "stderr") if objects}
+        return as_object(row) | latest | told | {"runs": objects}
+
+    def retry(self) -> None:
+        """{"id": ID} or {"all": true}: start dead jobs over."""
+        with opened(self.server.path) as db:
+            seqs = None if self.body.get("all") is True else [self.named(db)]
+            count = database.retry_dead(db, seqs, time.time())
+        self.server.hands.ring(count)
+        self.send_json({"retried": count})
+
+    def cancel(self) -> None:
+        """{"id": ID}: a waiting job at once; a running one is being ended when this returns."""
+        with opened(self.server.path) as db:
+            seq = self.named(db)
+            state = database.cancel(db, seq, time.time())
+        if state == "processing":
+            with self.server.lock:  # one thread for each job, however often it is asked for
+                begun = seq in self.server.ending
+                self.server.ending.add(seq)
+            if not begun:
+                threading.Thread(target=self.end_cancelled, args=(seq,), daemon=True).start()
+        self.send_json({"state": state})
+
+    def end_cancelled(self, seq: int) -> None:
+        """Its supervisor ends it; if that is gone, this does."""
+        try:
+            with suppress(QueueError, OSError, database.SQLiteError):
+                self.server.hands.end_cancelled([seq])
+        finally:
+            self.server.ending.discard(seq)
+
+    def named(self, db: Any) -> int:
+        """Return the seq of the job that the body names, by its whole id."""
+        id = self.body.get("id")
+        seq = database.find(db, id if isinstance(id, str) else "")
+        if database.job(db, seq)["id"] != id:
+            raise QueueError(f'no job "{id}"')
+        return seq
+
+    def send_json(self, value: Any, code: int = 200) -> None:
+        self.send(code, as_json(value), "application/json")
+
+    def send(self, code: int, body: bytes, kind: str = "text/plain", cookie: str = "") -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        if cookie:
+            self.send_header("Set-Cookie", cookie)
+        self.end_headers()
+        self.put(body)
+
+    def end_headers(self) -> None:
+        """Add HEADERS to every answer, the errors of http.server too."""
+        for name, value in HEADERS.items():
+            self.send_header(name, value.replace("{0}", self.nonce))
+        self.connection.settimeout(SEND_S)
+        super().end_headers()
+
+    def put(self, data: bytes) -> None:
+        self.connection.settimeout(SEND_S)  # for all of it: a slow reader is dropped
+        self.wfile.write(data)
