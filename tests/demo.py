@@ -125,7 +125,7 @@ def bars_of(jobs: list[dict[str, Any]], lane: str = "worker") -> list[Bar]:
     for job in jobs:
         # Named by the comment at the end of the command, else by its id.
         name = job["command"].partition(" # ")[2] or job["id"]
-        for run in job["runs"]:
+        for run in [run for run in job["runs"] if run["finished_at"]]:
             span = epoch(run["started_at"]), epoch(run["finished_at"])
             found.append((name if lane == "job" else run["worker"], *span, name))
     return found
