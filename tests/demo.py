@@ -22,7 +22,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -31,13 +31,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import database  # noqa: E402  to look, which is quicker than asking the command line,
+import database  # noqa: E402  to check, which is quicker than by the command line,
 import worker  # noqa: E402  and to see which processes live
 
 SETTINGS = {"backoff_base": 0.5, "backoff_jitter": 0, "kill_grace_s": 1}
 SCENE_S = 60  # a scene that takes longer hangs
 DEADLINE_S = 20  # what is waited for comes sooner, or never
 MOST_LINES = 14
+LEAVE = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 Bar = tuple[str, float, float, str]  # (lane, from, to, name)
 
 # A job that keeps a ledger of its own: times that do not come from the queue.
@@ -196,24 +197,28 @@ class Stage:
         self.typed(f"cat {name}")
         say(textwrap.indent(text.rstrip(), "    "))
 
-    def look(self, read: Callable[[Any], Any]) -> Any:
+    def jobs(self) -> list[dict[str, Any]]:
+        """Return all jobs in the order in which they came, each as `show ID --json` prints it."""
         with closing(database.connect(self.path)) as db:
-            return read(db)
+            found = [database.as_object(row) for row in database.jobs_in(db, [], -1)][::-1]
+            for job in found:
+                runs = database.runs(db, database.find(db, job["id"]))
+                job["runs"] = [database.as_object(run) for run in runs]
+        return found
 
     def job(self, id: str) -> dict[str, Any]:
-        """Return what `show ID --json` prints."""
+        return next(job for job in self.jobs() if job["id"] == id)
 
-        def read(db: Any) -> dict[str, Any]:
-            seq = database.find(db, id)
-            runs = [database.as_object(run) for run in database.runs(db, seq)]
-            return database.as_object(database.job(db, seq)) | {"runs": runs}
+    def workers(self, busy: int = 0, idle: int = 0) -> list[Any]:
+        """Wait until so many workers have a job, and so many have none; return all."""
 
-        return self.look(read)
+        def found() -> list[Any]:
+            with closing(database.connect(self.path)) as db:
+                rows = worker.live_workers(db)
+            at_work = sum(row["job"] is not None for row in rows)
+            return rows if at_work >= busy and len(rows) - at_work >= idle else []
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """Return all jobs in the order in which they came."""
-        ids = self.look(lambda db: [row["id"] for row in database.jobs_in(db, [], -1)])
-        return [self.job(id) for id in ids[::-1]]
+        return self.until(found, f"{busy} workers with a job and {idle} without are there")
 
     def until(self, look: Callable[[], Any], what: str) -> Any:
         """Look again and again until there is something to see; return that."""
@@ -224,15 +229,6 @@ class Stage:
                 raise Broken
             time.sleep(0.02)
         return found
-
-    def running(self, count: int) -> list[Any]:
-        """Wait until so many workers have a job; return all workers."""
-
-        def found() -> list[Any]:
-            workers = self.look(worker.live_workers)
-            return workers if sum(each["job"] is not None for each in workers) >= count else []
-
-        return self.until(found, f"{count} of the workers have a job")
 
     def lines(self, name: str) -> list[str]:
         path = self.folder / name
@@ -252,27 +248,22 @@ class Stage:
 
     def end(self) -> None:
         """Let the workers leave; then end, without asking, whatever should have left by then."""
-        for process in self.started:
-            if process.stdin:
-                process.stdin.close()
         if self.left() or not os.path.isdir("/proc/self"):
             quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.start("worker", "stop", "--now", "--timeout", "10s", **quiet).wait(20)
-            except subprocess.TimeoutExpired:
-                pass
         deadline = time.monotonic() + 3
-        while self.left() and time.monotonic() < deadline:
+        while (late := self.left()) and time.monotonic() < deadline:
             time.sleep(0.02)
-        if left := self.left():
-            self.check(False, f"nothing is left running; but there is {', '.join(map(str, left))}")
         while left := self.left():
             for pid in left:
                 worker.send(pid, signal.SIGKILL)
             time.sleep(0.02)
+        if late:
+            self.check(False, f"nothing is left running; there was {', '.join(map(str, late))}")
 
     def left(self) -> list[int]:
-        """Return what lives of all that was started here. (Where there is no /proc: nothing.)"""
+        """Return what lives of all that was started here."""
         for process in self.started:
             process.poll()
         return marked(self.folder)
@@ -379,7 +370,7 @@ def tree(on: Stage) -> None:
     on.write("tree.sh", TREE)
     on.type("worker", "start", "--detach")
     on.type("enqueue", "--command", f"{shell} tree.sh", *"--timeout 1s --max-retries 0".split())
-    leader = on.running(1)[0]["pid"]
+    leader = on.workers(busy=1)[0]["pid"]
 
     def family() -> list[int]:
         pids = [pid for pid in worker.session_members(leader) if pid != leader]
@@ -408,7 +399,7 @@ def kill(on: Stage) -> None:
     on.type("worker", "start", "--detach")
     on.type("enqueue", "--id", "ledger", "--command", "python3 job.py")
     on.until(lambda: len(on.lines("ledger")) >= 4, "the job works")
-    [lost] = on.running(1)
+    [lost] = on.workers(busy=1)
     killed = time.time()
     on.kill(lost["pid"])
     on.until(lambda: on.job("ledger")["attempts"] == 2, "it is claimed again")
@@ -426,8 +417,11 @@ def kill(on: Stage) -> None:
     draw([(run, begin, end, "") for run, (begin, end) in spans.items()])
     job = on.job("ledger")
     on.check(job["state"] == "completed" and len(spans) == 2, "it came back, and is completed")
-    apart = spans["run 2"][0] - spans["run 1"][1]
-    on.check(apart > 0, f"never two at once: {apart:.2f} s between the end of run 1 and run 2")
+    end, begin = spans["run 1"][1] - zero, spans["run 2"][0] - zero
+    text = (
+        f"never two at once: the last of run 1 is from {end:.2f} s, run 2 begins at {begin:.2f} s"
+    )
+    on.check(end < begin, text)
     error = job["runs"][0]["error"]
     on.check(error.startswith("worker lost"), f"the history says of run 1: {error}")
 
@@ -438,7 +432,7 @@ def restart(on: Stage) -> None:
     on.type("worker", "start", "--count", "3", "--detach")
     on.write("jobs.txt", "".join(f"sleep 0.8; echo {name} >>done # {name}\n" for name in "abcdef"))
     on.type("enqueue", "--file", "jobs.txt", "--lines")
-    workers = on.running(3)
+    workers = on.workers(busy=3)
     on.kill(workers[0]["supervisor_pid"], *(each["pid"] for each in workers))
     on.type("list")
     on.type("worker", "start", "--count", "3", "--drain", most=20)
@@ -452,55 +446,55 @@ def restart(on: Stage) -> None:
 
 
 def race(on: Stage) -> None:
-    """Two idle workers see the same job, and both try to take it. With --explain each statement can
-    be watched: the guard in WHERE lets one of them change the row, the other changes none."""
+    """Two idle workers wait for the time of one job. It comes, both see it, and both try to take
+    it.
+    With --explain it can be watched: the guard in WHERE lets only one of them change the row."""
     on.typed("queuectl.py --explain worker start --count 2 2>explained &")
-    with open(on.folder / "explained", "wb") as file:
-        words = ["--explain", "worker", "start", "--count", "2"]
-        on.start(*words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file)
-    workers = on.until(
-        lambda: two if len(two := on.look(worker.live_workers)) == 2 else [], "both are there"
-    )
-    shown, lost, tries, two = [], [], 0, "sleep 0.05\nsleep 0.05\n"
-    while not lost and tries < 40:
+    null = subprocess.DEVNULL
+    with open(on.folder / "explained", "wb") as log:
+        words = "--explain", "worker", "start", "--count", "2"
+        on.start(*words, stdin=null, stdout=null, stderr=log)
+    names = {str(row["pid"]): row["worker"] for row in on.workers(idle=2)}
+    on.typed("queuectl.py enqueue --command true --delay 0.5s")
+    tries, lost, deadline = 0, [], time.monotonic() + 2 * DEADLINE_S
+    while not lost and time.monotonic() < deadline:
         tries += 1
-        if tries == 1:
-            on.type("enqueue", "--file", "-", "--lines", given=two)
-        else:
-            quiet = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
-            call = on.start("enqueue", "--file", "-", "--lines", stdin=subprocess.PIPE, **quiet)
-            call.communicate(two.encode())
-        on.until(lambda: on.look(database.settled), "both jobs have run")
-        shown = on.lines("explained")
-        lost = [n for n, line in enumerate(shown) if "another worker was faster" in line]
-    say(f"    (and {tries - 1} times more, until they collide)" if tries > 1 else "", "dim")
+        on.start("enqueue", *"--command true --delay 0.5s".split(), stdout=null).wait()
+        lost = [
+            n
+            for n, line in enumerate(on.lines("explained"))
+            if "SET state" in line and "was faster" in line
+        ]
+    say(f"    (typed {database.plural(tries, 'time')}, until they collided)", "dim")
     if lost:
         on.typed("grep claim explained")
-        show_race(shown, lost[0], {str(each["pid"]): each["worker"] for each in workers})
-    on.check(bool(lost), f"two workers reached for one job, within {tries} tries")
+        show_race(on.lines("explained"), lost[0], names)
+    on.check(bool(lost), "two workers reached for one job")
+    on.until(lambda: all(job["finished_at"] for job in on.jobs()), "all jobs have run")
     jobs = on.jobs()
     once = all(len(job["runs"]) == 1 and job["state"] == "completed" for job in jobs)
-    on.check(once and len(jobs) == 2 * tries, f"each of the {len(jobs)} jobs ran once")
+    on.check(once, f"each of the {len(jobs)} jobs ran once")
 
 
 def show_race(shown: list[str], at: int, names: dict[str, str]) -> None:
-    """Show the statements of the claim at line `at`, which was lost, and of the one that won."""
+    """Show what two workers did from their looks to the UPDATE at line `at`, which was too late."""
     row = re.search(r"WHERE seq = \d+ ", shown[at])[0]
     won = next(n for n, line in enumerate(shown) if row in line and "it is mine" in line)
-    chosen = set()
-    for n in (at, won):
-        pid = shown[n].split()[1]
-        own = [k for k, line in enumerate(shown) if line.split()[1] == pid and " claim:" in line]
-        before, after = [k for k in own if k < n][::-1], [k for k in own if k > n]
-        for step, verbs in ((before, ("SELECT", "BEGIN")), (after, ("COMMIT",))):
-            for verb in verbs:
-                chosen |= {next((k for k in step if f" {verb}" in shown[k]), n)}
-    for line in [shown[n] for n in sorted({*chosen, at, won})]:
+    pids = {n: shown[n].split()[1] for n in (won, at)}
+    claims = [n for n, line in enumerate(shown) if " claim:" in line]
+    claims = [n for n in claims if " INSERT " not in shown[n] and " SET due " not in shown[n]]
+    first = min(
+        max((k for k in claims if k < n and pid in shown[k] and "SELECT" in shown[k]), default=n)
+        for n, pid in pids.items()
+    )
+    end = next(n for n in claims if n > at and pids[at] in shown[n])
+    for line in [shown[n] for n in claims if first <= n <= end]:
         head, _, text = re.split(r"( ms +(?:\d+ rows? (?:changed )?)? +)", line, maxsplit=1)
         _, pid, _, took = head.split()
         text, _, remark = text.rstrip().partition("  <- ")
-        text = re.sub(r"(?<=SELECT ).*(?=FROM jobs)|(?<=SET ).*(?=WHERE)", "... ", text)
-        text = re.sub(r" (AND run_at|ORDER BY).*", " ...", text)
+        # What matters, within 80 columns.
+        text = re.sub(r"(?<=SELECT ).*(?=FROM jobs)|(?<=UPDATE ).*(?=WHERE)", "... ", text)
+        text = re.sub(r" (AND run_at|ORDER BY).*", "", text)
         say_cut(f"    {names.get(pid, pid):<3} {took:>6} ms  {text}")
         if remark:
             say(f"                   <- {remark}", "bold")
@@ -515,9 +509,9 @@ SCENES = {
 # --- the walk --------------------------------------------------------------------------------
 
 
-def play(number: int, name: str, folder: str) -> Stage:
+def play(position: int, name: str, folder: str) -> Stage:
     """Play one scene, and leave nothing of it behind."""
-    title = f"{RULE * 2} {number}. {name} "
+    title = f"{RULE * 2} {position}. {name} "
     say("\n" + title + RULE * (width() - len(title)), "bold")
     for line in textwrap.wrap(" ".join(SCENES[name].__doc__.split()), width()):
         say(line)
@@ -530,9 +524,9 @@ def play(number: int, name: str, folder: str) -> Stage:
     except Exception as error:
         on.check(False, f"the scene broke: {type(error).__name__}: {error}")
     finally:
+        for number in LEAVE:
+            signal.signal(number, signal.SIG_IGN)  # cleaning up is short, and must not be cut short
         signal.alarm(0)
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(each, signal.SIG_IGN)  # cleaning up is short, and must not be cut short
         on.end()
         listen()
     return on
@@ -547,7 +541,7 @@ def listen() -> None:
     def hang(*_: Any) -> None:
         raise TimeoutError(f"no end after {SCENE_S} s")
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in LEAVE:
         signal.signal(number, leave)
     signal.signal(signal.SIGALRM, hang)
 
