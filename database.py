@@ -413,14 +413,7 @@ def finish(
     `jitter` is added to the backoff, in seconds. None means that somebody else has settled this
     run meanwhile (fenced, cancelled); then nothing at all is changed.
     """
-    state, attempts, run_at = result.outcome, run.attempt, run.due_at
-    if state == "stopped":  # not the job's fault: this run is not counted
-        attempts -= 1
-        state = "failed" if attempts else "pending"
-    elif state == "failed" and attempts > run.max_retries:
-        state = "dead"
-    elif state == "failed":
-        run_at = now + backoff_s(attempts, run.backoff_base, max_backoff_s) + jitter
+    state, attempts, run_at = verdict(run, result, now + jitter, max_backoff_s)
     due = int(run_at <= now) if state in ("failed", "pending") else None
     new = dict(state=state, attempts=attempts, run_at=run_at, due=due, now=now, run=run.id)
     new |= dict(seq=run.seq, worker=run.worker, attempt=run.attempt, **result._asdict())
@@ -455,6 +448,19 @@ def finish(
             ).rowcount
             state = "cancelled" if cancelled else state
     return state, run_at
+
+
+def verdict(run: Run, result: Result, now: float, max_backoff_s: float) -> tuple[str, int, float]:
+    """Decide what becomes of a job: (state, attempts, run_at)."""
+    if result.outcome == "stopped":  # not the job's fault: this run is not counted
+        attempts = run.attempt - 1
+        return "failed" if attempts else "pending", attempts, run.due_at
+    if result.outcome == "failed" and run.attempt > run.max_retries:
+        return "dead", run.attempt, run.due_at
+    if result.outcome == "failed":
+        wait = backoff_s(run.attempt, run.backoff_base, max_backoff_s)
+        return "failed", run.attempt, now + wait
+    return result.outcome, run.attempt, run.due_at
 
 
 def backoff_s(attempts: int, backoff_base: float, max_backoff_s: float) -> float:

@@ -323,28 +323,14 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
         raise BadInput(f"--{next(iter(given)).replace('_', '-')} goes with --command")
     if lines and file is None:
         raise BadInput("--lines goes with --file")
-    settings, cwd, ignored = place.settings, current_directory(), set()
-
-    def checked(entries: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for line, entry in entries:
-            try:
-                row, unused = config.check_job(entry, settings, cwd)
-            except BadInput as error:
-                raise BadInput(f"line {line}: {error}" if line else str(error)) from None
-            ignored.update(unused)
-            yield line, row
-
     if file is not None:
         entries = file_entries(file, lines)
     elif job is not None:
-        text = "".join(file_lines("-")) if job == "-" else job
-        try:
-            entries = [(0, config.parse_json(text))]
-        except BadInput as error:
-            raise BadInput(f"{error}; for a shell command write --command TEXT") from None
+        entries = [(0, parsed_job("".join(file_lines("-")) if job == "-" else job))]
     else:
         entries = [(0, job_of_options(given))]
-    database.gather(place.db, checked(entries))
+    ignored: set[str] = set()
+    database.gather(place.db, checked(entries, place.settings, ignored))
     first, last = database.take_in(place.db, time.time())  # now, when all has come in
     ring(place, last - first + 1)
     if ignored:
@@ -357,6 +343,27 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
         click.echo(f"enqueued {plural(last - first + 1, 'job')}")
     else:
         click.echo(clean(database.job(place.db, first)["id"]))
+
+
+def parsed_job(text: str) -> Any:
+    try:
+        return config.parse_json(text)
+    except BadInput as error:
+        raise BadInput(f"{error}; for a shell command write --command TEXT") from None
+
+
+def checked(
+    entries: Iterable[tuple[int, Any]], settings: dict[str, float], ignored: set[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line, row) of each entry; fields that are ignored are added to `ignored`."""
+    cwd = current_directory()
+    for line, entry in entries:
+        try:
+            row, unused = config.check_job(entry, settings, cwd)
+        except BadInput as error:
+            raise BadInput(f"line {line}: {error}" if line else str(error)) from None
+        ignored.update(unused)
+        yield line, row
 
 
 def current_directory() -> str:
@@ -622,43 +629,24 @@ def logs(
     from worker import live_output
 
     seq, limit = database.find(place.db, id), int(place.settings["output_limit_bytes"])
-    sent = {name: 0 for name in ("stdout", "stderr") if only in (None, name)}
-    decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name in sent}
-
-    def chosen() -> dict[str, Any] | None:
-        runs = [run for run in database.runs(place.db, seq) if attempt in (None, run["attempt"])]
-        if not runs:
-            ended = database.job(place.db, seq)["state"] in database.SETTLED
-            if ended or not follow:
-                what = "not run" if attempt is None else f"no run {attempt}"
-                hope = "" if ended else " yet; --follow waits for it"
-                raise database.QueueError(f'job "{id}" has {what}{hope}')
-        return dict(runs[-1]) if runs else None
-
-    def put(stream: str, skipped: int, data: bytes) -> None:
-        if data and not only and not follow:
-            click.echo(f"--- {stream} ---")
-        if skipped > 0:
-            click.echo(f"[... {skipped} bytes cut ...]")
-        sent[stream] += max(0, skipped) + len(data)
-        text = clean(decoders[stream].decode(data), keep=LAYOUT)
-        click.echo(text, nl=not follow and text[-1:] not in ("", "\n"))
-
-    run = chosen()
+    tails = {
+        name: Tail(name, only, follow) for name in ("stdout", "stderr") if only in (None, name)
+    }
+    run = chosen_run(place.db, seq, attempt, follow)
     while run is None or run["finished_at"] is None:
-        worker = run["worker"] if run else ""
+        before, worker = run, run["worker"] if run else ""
         new = {
-            name: live_output(place.path, worker, name, start, limit)
-            for name, start in sent.items()
+            name: live_output(place.path, worker, name, each.sent, limit)
+            for name, each in tails.items()
         }
-        before, run = run, chosen()
+        run = chosen_run(place.db, seq, attempt, follow)
         # Only what was read while the run was open is its own: the file serves the next one too.
         if before and run["id"] == before["id"] and run["finished_at"] is None:
             for name, (skipped, data) in new.items():
                 if as_json:
                     run |= {name: data, name + "_bytes": skipped + len(data)}
                 else:
-                    put(name, skipped, data)
+                    tails[name].put(skipped, data)
             if not follow:
                 break
         if run is None or run["finished_at"] is None:
@@ -666,10 +654,45 @@ def logs(
     if as_json:
         emit(database.as_object(run) | {"id": database.job(place.db, seq)["id"]})
     elif run["finished_at"] is not None:
-        for name in sent:
-            kept = run[name] or b""
-            cut = run[name + "_bytes"] - len(kept)
-            put(name, cut - sent[name], kept[max(0, sent[name] - cut) :])
+        for name, tail in tails.items():
+            tail.put_rest(run[name] or b"", run[name + "_bytes"])
+
+
+def chosen_run(db: Any, seq: int, attempt: int | None, follow: bool) -> dict[str, Any] | None:
+    """Return the latest run (of this attempt), or None if it may still come and is waited for."""
+    runs = [run for run in database.runs(db, seq) if attempt in (None, run["attempt"])]
+    if runs:
+        return dict(runs[-1])
+    job = database.job(db, seq)
+    ended = job["state"] in database.SETTLED
+    if follow and not ended:
+        return None
+    what = "not run" if attempt is None else f"no run {attempt}"
+    hope = "" if ended else " yet; --follow waits for it"
+    raise database.QueueError(f'job "{job["id"]}" has {what}{hope}')
+
+
+class Tail:
+    """Prints what one stream of a run has gained since the last time."""
+
+    def __init__(self, stream: str, only: str | None, follow: bool):
+        self.head = "" if only or follow else f"--- {stream} ---"
+        self.follow, self.sent = follow, 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def put(self, skipped: int, data: bytes) -> None:
+        if data and self.head:
+            click.echo(self.head)
+        if skipped > 0:
+            click.echo(f"[... {skipped} bytes cut ...]")
+        self.sent += max(0, skipped) + len(data)
+        text = clean(self.decoder.decode(data), keep=LAYOUT)
+        click.echo(text, nl=not self.follow and text[-1:] not in ("", "\n"))
+
+    def put_rest(self, kept: bytes, written: int) -> None:
+        """Print what is missing of an ended run, whose last bytes are `kept`."""
+        cut = written - len(kept)
+        self.put(cut - self.sent, kept[max(0, self.sent - cut) :])
 
 
 @cli.command()

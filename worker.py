@@ -444,12 +444,13 @@ class Desk:
             elif size:
                 os.ftruncate(handle, 0)
 
-    def claim(self) -> Run | None:
-        run, more = database.claim(self.db, self.name, time.time(), time.monotonic())
-        if more and self.bell is not None:
+    def claim(self) -> tuple[Run | None, bool]:
+        return database.claim(self.db, self.name, time.time(), time.monotonic())
+
+    def ring(self) -> None:
+        if self.bell is not None:
             with suppress(BlockingIOError):  # full of rings as it is
-                os.write(self.bell, b"!")  # two jobs that came at once need two workers
-        return run
+                os.write(self.bell, b"!")
 
 
 def work(supervisor: Supervisor) -> None:
@@ -486,7 +487,9 @@ def work(supervisor: Supervisor) -> None:
             continue
         due_at = None
         try:
-            run = desk.claim()
+            run, more = desk.claim()
+            if more:
+                desk.ring()  # we took all rings: two jobs that came at once need two workers
             if run is None:
                 if supervisor.drain and database.settled(db):
                     return
@@ -541,7 +544,7 @@ def hand_in(desk: Desk, run: Run, result: Result, wanted: Callable[[], bool]) ->
                 # Not sooner: if we are killed, these are all that is left of the run. Not later:
                 # who reads the files of an open run must never see the output of another.
                 desk.clear()
-                following = desk.claim() if wanted() else None
+                following = desk.claim()[0] if wanted() else None
             break
         except database.SQLiteError as trouble:
             # It has run: keep the result until there is room for it, and claim nothing meanwhile.

@@ -103,7 +103,7 @@ def launch() -> None:
 
     connect = sqlite3.connect
     sqlite3.connect = lambda *args, **options: points.around(
-        "sqlite3.connect", connect, *args, factory=Wire, **options
+        "sqlite3.connect", connect, *args, **options | {"factory": Wire}
     )
     for name in FILE_OPERATIONS.split():
         points.wrap(os, name)

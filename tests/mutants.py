@@ -132,7 +132,9 @@ def main() -> int:
     began = time.monotonic()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         tests = sorted({mutant.test for mutant in chosen.values()})
-        for code, said in pool.map(unharmed, [tests[n::AT_ONCE] for n in range(AT_ONCE)]):
+        for code, said in pool.map(
+            unharmed, filter(None, (tests[n::AT_ONCE] for n in range(AT_ONCE)))
+        ):
             if code:
                 print(f"{said}\nthe tests must pass before anything is changed")
                 return 1

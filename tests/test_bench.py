@@ -71,7 +71,7 @@ def test_the_big_queue_is_one_that_could_have_come_about(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
 def test_interrupted_it_leaves_nothing_behind(tmp_path, number):
     process = start(tmp_path, "--only", "crowd")
-    eventually(lambda: list(tmp_path.glob("bench-*/*/queue.db.run/w*.out")), "jobs run")
+    eventually(lambda: list(tmp_path.glob("bench-*/*/queue.db.run/w*.out")), "jobs run", 120)
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode in (130, 143)
