@@ -913,33 +913,57 @@ def sentence(job: sqlite3.Row, now: float) -> str:
 
 # --- doctor ----------------------------------------------------------------------------------
 
-# What holds at every moment between transactions, and the query that finds what breaks it.
+# What holds at every moment between transactions: (the query that finds what breaks it, what would
+# have broken it).
 INVARIANTS = {
-    "every state is one of the six": f"SELECT id FROM jobs WHERE state NOT IN {STATES}",
-    "waiting jobs, and no others, are marked for the look": """
-        SELECT id FROM jobs WHERE (state IN ('pending', 'failed')) != (due IS NOT NULL)""",
-    "a processing job has one open run, of its own worker and attempt": """
+    "every state is one of the six": (
+        f"SELECT id FROM jobs WHERE state NOT IN {STATES}",
+        "a hand in the file, or a transition with a word of its own: nobody would know the job",
+    ),
+    "waiting jobs, and no others, are marked for the look": (
+        "SELECT id FROM jobs WHERE (state IN ('pending', 'failed')) != (due IS NOT NULL)",
+        "a transition that sets `state` and forgets `due`: the job would wait for ever",
+    ),
+    "a processing job has one open run, of its own worker and attempt": (
+        """
         SELECT id FROM jobs WHERE state = 'processing' AND 1 != (
             SELECT count(*) FROM runs WHERE job = seq AND finished_at IS NULL
             AND runs.worker = jobs.worker AND attempt = attempts)""",
-    "an open run belongs to a processing job": """
+        "a `claim` that does not ask whether it changed a row: two workers would run the job",
+    ),
+    "an open run belongs to a processing job": (
+        """
         SELECT runs.id FROM runs LEFT JOIN jobs ON seq = job
         WHERE runs.finished_at IS NULL AND state IS NOT 'processing'""",
-    "a processing job's worker is registered": """
+        "a `finish` in two transactions, and a kill -9 between them",
+    ),
+    "a processing job's worker is registered": (
+        """
         SELECT id FROM jobs WHERE state = 'processing'
         AND worker NOT IN (SELECT 'w' || id FROM workers)""",
-    "no job has begun more runs than it may": """
-        SELECT id FROM jobs WHERE attempts NOT BETWEEN 0 AND 1 + max_retries""",
-    "a dead job has used all its runs": """
-        SELECT id FROM jobs WHERE state = 'dead' AND attempts != 1 + max_retries""",
-    "a settled job knows since when": f"""
-        SELECT id FROM jobs WHERE state IN {SETTLED} AND finished_at IS NULL""",
-    "every run has its job": "SELECT id FROM runs WHERE job NOT IN (SELECT seq FROM jobs)",
+        "a supervisor that forgets a lost worker before its job: nobody would give it back",
+    ),
+    "no job has begun more runs than it may": (
+        "SELECT id FROM jobs WHERE attempts NOT BETWEEN 0 AND 1 + max_retries",
+        "a `finish` that sends a failed job back after its last run",
+    ),
+    "a dead job has used all its runs": (
+        "SELECT id FROM jobs WHERE state = 'dead' AND attempts != 1 + max_retries",
+        "a `finish` that gives up early, or a `retry_dead` that leaves the job dead",
+    ),
+    "a settled job knows since when": (
+        f"SELECT id FROM jobs WHERE state IN {SETTLED} AND finished_at IS NULL",
+        "a transition that forgets `finished_at`: `prune` would keep the job for ever",
+    ),
+    "every run has its job": (
+        "SELECT id FROM runs WHERE job NOT IN (SELECT seq FROM jobs)",
+        "a `prune` that removes jobs and not their history, or in two transactions",
+    ),
 }
 
 
-def check(db: sqlite3.Connection, path: str) -> Iterator[tuple[str, str]]:
-    """Yield (what was checked, what is wrong with it or "") for the file and the invariants."""
+def check(db: sqlite3.Connection, path: str) -> Iterator[tuple[str, str, str]]:
+    """Check the file and the invariants: yield what holds, what breaks it now or "", what would."""
 
     def found(query: str, where: str = "") -> str:
         rows, error = [], ""
@@ -956,13 +980,25 @@ def check(db: sqlite3.Connection, path: str) -> Iterator[tuple[str, str]]:
         tables = [name for (name,) in db.execute(names)]
         hurt = [name for name in tables if found(f"PRAGMA quick_check({name})") != "ok"]
         damage = f"in {', '.join(hurt) or 'its unused pages'}: {damage.strip()}"
-    yield "the file is whole (PRAGMA integrity_check)", "" if damage == "ok" else damage
+    damage = "" if damage == "ok" else damage
+    cause = "a failing disk, or a copy of queue.db without its -wal"
+    yield "the file is whole (PRAGMA integrity_check)", damage, cause
     version = identity(db)[1]
-    yield f"its schema is version {VERSION}", "" if version == VERSION else f"it is {version}"
+    other = "" if version == VERSION else f"it is {version}"
+    yield (
+        f"its schema is version {VERSION}",
+        other,
+        "another version of queuectl, at work meanwhile",
+    )
     others = stat.S_IMODE(os.stat(path).st_mode) & 0o022
-    yield "only its owner can write it", f"chmod go-w {path}" if others else ""
-    for name, query in INVARIANTS.items():
-        yield name, found(query + " LIMIT 3", "found in ")
+    remedy = f"chmod go-w {path}" if others else ""
+    yield (
+        "only its owner can write it",
+        remedy,
+        "a chmod: who writes it has commands run as its owner",
+    )
+    for name, (query, cause) in INVARIANTS.items():
+        yield name, found(query + " LIMIT 3", "found in "), cause
 
 
 if __name__ == "__main__":

@@ -829,19 +829,43 @@ def prune(
 
 
 @cli.command()
+@click.argument("names", nargs=-1, metavar="[SCENE]...")
+@click.option("--list", "listed", is_flag=True, help="Only name the scenes.")
+@click.option("--pause", is_flag=True, help="Wait for Enter between scenes.")
+def demo(names: tuple[str, ...], listed: bool, pause: bool) -> None:
+    """Show the queue at work, scene by scene, on a throw-away queue of its own.
+
+    \b
+    queuectl.py demo --pause kill race
+    """
+    import runpy
+
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "demo.py")
+    if not os.path.exists(script):
+        raise database.QueueError(f"{script} is missing: demo needs the whole checkout")
+    sys.argv = [script, *["--list"] * listed, *["--pause"] * pause, "--", *names]
+    runpy.run_path(script, run_name="__main__")
+
+
+@cli.command()
 @json_option
 @click.pass_obj
 def doctor(place: Place, as_json: bool) -> None:
-    """Check the file and the queue's own invariants; exit 1 if one is broken."""
+    """Check the file and the queue's own invariants; exit 1 if one is broken.
+
+    Below each stands what would break it.
+    """
     found = list(database.check(place.db, place.path))
-    ok = not any(problem for _, problem in found)
+    ok = not any(problem for _, problem, _ in found)
     if as_json:
-        emit(
-            {"ok": ok, "checks": [{"check": name, "problem": text or None} for name, text in found]}
-        )
+        keys = "check", "problem", "broken_by"
+        emit({"ok": ok, "checks": [dict(zip(keys, (a, b or None, c))) for a, b, c in found]})
     else:
-        for name, problem in found:
+        for name, problem, cause in found:
             click.echo(clean(f"BROKEN  {name}: {problem}" if problem else f"ok      {name}"))
+            click.secho(
+                f"        {'perhaps' if problem else 'would be'} broken by {cause}", dim=True
+            )
     raise SystemExit(not ok)
 
 

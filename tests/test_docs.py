@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import mutants
 import pytest
 from conftest import ROOT
+from demo import SCENES
 
 import config
 import database
@@ -125,3 +127,27 @@ def test_the_transcript_has_the_shape_of_what_is_printed(queue):
         return sorted(re.sub(r" +", " ", text).splitlines())
 
     assert shape(done.stdout) == shape(shown)
+
+
+EXERCISES = DESIGN.partition("\n## Exercises")[2].partition("\n## ")[0].split("\n### ")[1:]
+
+
+@pytest.mark.parametrize("text", EXERCISES, ids=lambda text: text.partition("\n")[0])
+def test_an_exercise_changes_a_line_that_is_there_and_says_what_to_run(text):
+    changes = re.findall(r"\*\*Change\*\* in `(\S+)` of `(\S+)`: `(.+)` becomes (.+)\.\n", text)
+    assert changes and text.count("**Change**") == len(changes)
+    assert text.count("**Run**") == text.count("*What one sees*") == len(changes)
+    for name, file, old, new in changes:
+        put = "" if new == "nothing" else new.strip("`")
+        mutants.changed(mutants.Mutant(file, old, put, "", ""))  # raises if it is not there, once
+        place = {"database.py": database, "worker.py": worker}[file]
+        for part in name.split("."):
+            place = getattr(place, part)
+        source = str(place).replace("\n", "") if name == "SCHEMA" else inspect.getsource(place)
+        assert old.strip('",') in source
+
+
+def test_there_are_five_exercises_and_what_they_tell_to_run_is_there():
+    assert len(EXERCISES) == 5
+    for scene in re.findall(r"queuectl\.py demo (\w+)", DESIGN):
+        assert scene in SCENES

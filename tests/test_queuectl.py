@@ -315,15 +315,18 @@ def test_doctor_names_the_invariant_that_is_broken(tmp_path: Path) -> None:
     queue = Queue(tmp_path)
     queue.run("enqueue", "--command", "true", "--id", "odd", check=0)
     well = queue.run("doctor", check=0).stdout.splitlines()
-    assert all(line.startswith("ok      ") for line in well)
+    assert all(line.startswith("ok      ") for line in well[::2])
+    assert all(line.startswith("        would be broken by ") for line in well[1::2])
     db = database.connect(queue.path)
     db.execute("UPDATE jobs SET state = 'asleep'")
     db.close()
-    broken = [line for line in queue.run("doctor", check=1).stdout.splitlines() if line[:2] != "ok"]
-    assert "BROKEN  every state is one of the six: found in odd" in broken
+    said = queue.run("doctor", check=1).stdout.splitlines()
+    broken = said.index("BROKEN  every state is one of the six: found in odd")
+    assert said[broken + 1].startswith("        perhaps broken by a hand in the file")
     found = json.loads(queue.run("doctor", "--json", check=1).stdout)
     assert found["ok"] is False
-    assert {"check": "every state is one of the six", "problem": "found in odd"} in found["checks"]
+    [state] = [each for each in found["checks"] if each["problem"] == "found in odd"][:1]
+    assert state["check"] == "every state is one of the six" and "hand" in state["broken_by"]
 
 
 # --- bad input -------------------------------------------------------------------------------
