@@ -89,6 +89,7 @@ SCHEMA = (
         boot         TEXT NOT NULL,          -- names one boot of that host: all older is dead
         pid          INTEGER NOT NULL,
         birth        TEXT NOT NULL,          -- when the pid began, which tells a recycled one
+        lock_timeout_s REAL NOT NULL,        -- if it does not beat for so long, it is lost
         heartbeat_at REAL NOT NULL,          -- others watch whether it changes
         stop         INTEGER NOT NULL DEFAULT 0   -- 1: finish the jobs and leave; 2: at once
     )""",
@@ -300,7 +301,8 @@ def gather(db: sqlite3.Connection, jobs: Iterable[tuple[int, dict[str, Any]]]) -
         text = f'line {last["line"]}: the id "{last["id"]}" is used twice'
         raise QueueError(text) from None
     finally:
-        db.execute("COMMIT")
+        if db.in_transaction:  # SQLite has rolled back by itself if there was no room
+            db.execute("COMMIT")
 
 
 def take_in(db: sqlite3.Connection, now: float) -> tuple[int, int]:
@@ -315,7 +317,7 @@ def take_in(db: sqlite3.Connection, now: float) -> tuple[int, int]:
         # pasted one that is still to come, from another queue: then the numbers go on behind it.
         made_up = "printf('%08x', (:last + number) * 2654435761 & 4294967295)"
         last = db.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'jobs'").fetchone()[0]
-        last = last or 0
+        last, jump = last or 0, 0
         clash = f"""
             SELECT max(number) FROM incoming WHERE id IS NULL AND (
                 {made_up} IN (SELECT id FROM jobs) OR
@@ -333,7 +335,8 @@ def take_in(db: sqlite3.Connection, now: float) -> tuple[int, int]:
                 )
                 break
             except sqlite3.IntegrityError:
-                last += db.execute(clash, {"last": last}).fetchone()[0]
+                jump = max(2 * jump, db.execute(clash, {"last": last}).fetchone()[0])
+                last += jump
     return last + 1, last + count
 
 
@@ -357,7 +360,7 @@ def claim(db: sqlite3.Connection, worker: str, now: float, mono: float) -> tuple
         ).fetchall()
         later = best[0]["later"] if best else next_due_at(db)
         if later is not None and later <= now:  # its time has come: it joins those that are due
-            db.execute("UPDATE jobs SET due = 1 WHERE due = 0 AND run_at <= ?", (now,))
+            come_due(db, now)
             continue
         if not best:
             return None, False
@@ -387,6 +390,10 @@ def claim(db: sqlite3.Connection, worker: str, now: float, mono: float) -> tuple
         # rowcount 0: another worker was faster; look again.
 
 
+def come_due(db: sqlite3.Connection, now: float) -> None:
+    db.execute("UPDATE jobs SET due = 1 WHERE due = 0 AND run_at <= ?", (now,))
+
+
 def held_by(db: sqlite3.Connection, worker: str) -> Run | None:
     """Return the run that a worker holds, or None."""
     row = db.execute(
@@ -413,7 +420,7 @@ def finish(
     `jitter` is added to the backoff, in seconds. None means that somebody else has settled this
     run meanwhile (fenced, cancelled); then nothing at all is changed.
     """
-    state, attempts, run_at = verdict(run, result, now + jitter, max_backoff_s)
+    state, attempts, run_at = verdict(run, result, now, max_backoff_s, jitter)
     due = int(run_at <= now) if state in ("failed", "pending") else None
     new = dict(state=state, attempts=attempts, run_at=run_at, due=due, now=now, run=run.id)
     new |= dict(seq=run.seq, worker=run.worker, attempt=run.attempt, **result._asdict())
@@ -450,7 +457,9 @@ def finish(
     return state, run_at
 
 
-def verdict(run: Run, result: Result, now: float, max_backoff_s: float) -> tuple[str, int, float]:
+def verdict(
+    run: Run, result: Result, now: float, max_backoff_s: float, jitter: float
+) -> tuple[str, int, float]:
     """Decide what becomes of a job: (state, attempts, run_at)."""
     if result.outcome == "stopped":  # not the job's fault: this run is not counted
         attempts = run.attempt - 1
@@ -459,7 +468,7 @@ def verdict(run: Run, result: Result, now: float, max_backoff_s: float) -> tuple
         return "dead", run.attempt, run.due_at
     if result.outcome == "failed":
         wait = backoff_s(run.attempt, run.backoff_base, max_backoff_s)
-        return "failed", run.attempt, now + wait
+        return "failed", run.attempt, now + wait + jitter
     return result.outcome, run.attempt, run.due_at
 
 
@@ -479,16 +488,17 @@ def cancel(db: sqlite3.Connection, seq: int, now: float) -> str:
 
     Raises QueueError if it has settled.
     """
-    changed = db.execute(
-        """
-        UPDATE jobs
-        SET cancelling = (state = 'processing'), due = NULL, updated_at = :now,
-            finished_at = CASE state WHEN 'processing' THEN NULL ELSE :now END,
-            state = CASE state WHEN 'processing' THEN state ELSE 'cancelled' END
-        WHERE seq = :seq AND state IN ('pending', 'failed', 'processing')""",
-        {"seq": seq, "now": now},
-    ).rowcount
-    found = job(db, seq)
+    with transaction(db):
+        changed = db.execute(
+            """
+            UPDATE jobs
+            SET cancelling = (state = 'processing'), due = NULL, updated_at = :now,
+                finished_at = CASE state WHEN 'processing' THEN NULL ELSE :now END,
+                state = CASE state WHEN 'processing' THEN state ELSE 'cancelled' END
+            WHERE seq = :seq AND state IN ('pending', 'failed', 'processing')""",
+            {"seq": seq, "now": now},
+        ).rowcount
+        found = job(db, seq)
     if changed != 1:
         raise QueueError(f'job "{found["id"]}" is already {found["state"]}')
     return found["state"]
@@ -566,11 +576,19 @@ def numbered(values: list[str]) -> dict[str, str]:
 
 
 def register_supervisor(
-    db: sqlite3.Connection, host: str, boot: str, pid: int, birth: str, now: float
+    db: sqlite3.Connection,
+    host: str,
+    boot: str,
+    pid: int,
+    birth: str,
+    now: float,
+    lock_timeout_s: float = 30.0,
 ) -> int:
     return db.execute(
-        "INSERT INTO supervisors (host, boot, pid, birth, heartbeat_at) VALUES (?, ?, ?, ?, ?)",
-        (host, boot, pid, birth, now),
+        """
+        INSERT INTO supervisors (host, boot, pid, birth, heartbeat_at, lock_timeout_s)
+        VALUES (?, ?, ?, ?, ?, ?)""",
+        (host, boot, pid, birth, now, lock_timeout_s),
     ).lastrowid
 
 
@@ -609,7 +627,7 @@ def workers(db: sqlite3.Connection) -> list[sqlite3.Row]:
     return db.execute(
         """
         SELECT 'w' || workers.id AS worker, workers.pid, workers.birth, workers.started_at,
-               jobs_done, supervisor, host, boot, heartbeat_at, stop,
+               jobs_done, supervisor, host, boot, heartbeat_at, lock_timeout_s, stop,
                supervisors.pid AS supervisor_pid, supervisors.birth AS supervisor_birth,
                jobs.id AS job, command, jobs.started_at AS since, timeout_s, cancelling,
                runs.id AS run, started_mono

@@ -127,19 +127,23 @@ def print_event(who: str, pid: int, verb: str, text: str, to: Any = None) -> Non
     """Print one line of `worker start`. Workers call it too: one write, so lines stay whole."""
     to, text = to or sys.stdout, clean(text if len(text) < 1000 else text[:1000] + "...")
     word = click.style(f"{verb:<9}", COLOURS[verb]) if verb in COLOURS and to.isatty() else verb
-    line = f"{time.strftime('%H:%M:%S')}  {who:<10}  pid {pid:<7}  {word:<9}  {text}"
+    put(to, f"{time.strftime('%H:%M:%S')}  {who:<10}  pid {pid:<7}  {word:<9}  {text}".rstrip())
+
+
+def put(to: Any, text: str) -> None:
+    """Write lines, but never let a reader hold up the work: the work matters more."""
     import select
 
     try:
-        # A reader that does not read on (Ctrl+S, a pager) holds us up once for a second, not more.
+        # One that does not read on (Ctrl+S, a pager) holds us up once for a second, not more.
         if not select.select([], [to], [], 0 if to in STUCK else 1)[1]:
             STUCK.add(to)
             return
         STUCK.discard(to)
-        to.write(line.rstrip() + "\n")
+        to.write(text + "\n")
         to.flush()
     except (OSError, ValueError):
-        pass  # the terminal or the reader is gone: the work matters more
+        pass  # the terminal or the reader is gone
 
 
 STUCK: set[Any] = set()
@@ -160,6 +164,7 @@ REMARKS = {
     ("take_in", "COMMIT", None): "now it is safe, and its id may be printed",
 }
 LAST_FOUND: dict[str, str] = {}  # by the text of a SELECT
+UNSHOWN: list[str] = []  # of the open transaction: while the lock is held nobody waits for a reader
 
 
 class Rows(list):
@@ -200,7 +205,11 @@ def explain(run: Any, sql: str, values: Any, inside: bool) -> Any:
     head = (
         f"pid {os.getpid():<7}  {f'{function}:{frame.f_lineno}':<20} {took:8.2f} ms  {effect:<14}  "
     )
-    show_statement(head + "  " * (inside and verb != "COMMIT"), text, remark)
+    ends = verb in ("COMMIT", "ROLLBACK")
+    UNSHOWN.append(statement_text(head + "  " * (inside and not ends), text, remark))
+    if ends or (not inside and verb != "BEGIN"):
+        put(sys.stderr, "\n".join(UNSHOWN))
+        UNSHOWN.clear()
     return answer
 
 
@@ -223,8 +232,8 @@ def literal(value: Any) -> str:
     return repr(value if len(str(value)) <= 40 else value[:37] + "...")
 
 
-def show_statement(head: str, text: str, remark: str) -> None:
-    """Print one statement: on a terminal wrapped beside its head, else on one line."""
+def statement_text(head: str, text: str, remark: str) -> str:
+    """Return what is shown of a statement: on a terminal wrapped beside its head, else one line."""
     import shutil
     import textwrap
 
@@ -236,7 +245,7 @@ def show_statement(head: str, text: str, remark: str) -> None:
         text = click.style(verb, bold=True) + space + first
         text = "\n".join([text, *(" " * len(head) + line for line in rest)])
         remark = remark and click.style(remark, fg="yellow")
-    click.echo(head + text + (remark and f"  <- {remark}"), err=True)
+    return head + text + (remark and f"  <- {remark}")
 
 
 def seconds(_: Any, __: Any, text: str | None) -> float | None:
@@ -442,6 +451,7 @@ def start(place: Place, count: int, detach: bool, drain: bool) -> None:
         hands.Supervisor(place.path, settings, print_event, count, drain).run()
         return
     words = ["--db", os.path.abspath(place.path), "--config", os.path.abspath(place.config_path)]
+    words += ["--explain"] if database.explain else []
     words += ["worker", "start", "--count", str(count), *["--drain"] * drain]
     pid, log = hands.detach(words, place.path, count)
     click.echo(f"{plural(count, 'worker')} in the background, supervisor pid {pid}, log {log}")

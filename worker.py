@@ -108,7 +108,9 @@ class Supervisor:
         # Workers read end of file here when the supervisor is gone, however it went.
         self.lifeline, self.lifeline_write = os.pipe()
         me = os.uname().nodename, boot_id(), self.pid, process_birth(self.pid) or ""
-        self.id = database.register_supervisor(self.queue(), *me, time.time())
+        self.id = database.register_supervisor(
+            self.queue(), *me, time.time(), self.settings["lock_timeout_s"]
+        )
         told = f"{database.plural(self.count, 'worker')} on {self.path}; Ctrl+C stops"
         self.say("supervisor", self.pid, "started", told)
 
@@ -195,11 +197,15 @@ class Supervisor:
                 self.asked, self.fatal = max(self.asked, 1), text
             if self.stopping:
                 for pid in list(self.children):
+                    if self.stopping > 1:  # nothing can be recorded, but it can be ended
+                        push(session_members(pid), set(), hard=True)
                     self.reap(pid)  # what it held waits in the database for the next supervisor
             time.sleep(IDLE_TICK_S)
 
     def tick(self, db: Any, now: float, mono: float) -> None:
-        if self.id and mono >= self.beat_at:
+        if mono >= self.beat_at:
+            # Without an id it changes no row, but waits for the lock: as long as somebody else
+            # holds it nobody can beat, and `listen` must not take that for silence.
             database.beat(db, self.id, now)
             self.beat_at = mono + min(5.0, self.settings["lock_timeout_s"] / 4)
         supervisors = [row for row in database.supervisors(db) if is_here(row)]
@@ -227,7 +233,8 @@ class Supervisor:
         for pid in [pid for pid in self.children if pid not in registered]:
             self.reap(pid)  # died before it could register: it holds nothing
         for row in supervisors:
-            if not is_alive(row):
+            silent = self.silences[row["id"]][1] > row["lock_timeout_s"]
+            if silent if is_hidden(row) else not is_alive(row):
                 database.remove_supervisor(db, row["id"])
 
     def listen(self, supervisors: Iterable[Any], mono: float) -> None:
@@ -247,13 +254,15 @@ class Supervisor:
         child = self.children.get(row["pid"]) if mine else None
         others = not mine and is_alive(row, "supervisor_")
         # A supervisor is heard by its heartbeat; who answers to us, or to nobody, by not stopping.
-        if others:
-            silent = self.silences[row["supervisor"]][1]
+        # What another container of this machine does, only its heartbeat tells.
+        hidden = is_hidden(row)
+        if others or hidden:
+            silent = self.silences.get(row["supervisor"], (None, 0.0))[1]
         else:
             silent = self.stopped_for(row["pid"], mono)
-        if silent > self.settings["lock_timeout_s"]:
+        if silent > row["lock_timeout_s"]:
             return "failed", f"worker lost: silent for {duration_text(silent)}", None
-        if others:
+        if others or hidden:
             return None  # its supervisor's to judge: it alone knows why it ended this worker
         if child.exitcode is not None if child else not is_alive(row):
             killed = child is not None and child.exitcode < 0
@@ -264,8 +273,8 @@ class Supervisor:
         if row["cancelling"]:
             return "cancelled", "cancelled", row["run"]
         late = row["run"] and 0 < row["timeout_s"] < mono - row["started_mono"]
-        # A worker that is alone in its session holds a result for which there is no room yet.
-        if late and len(session_members(row["pid"])) > 1:
+        # A worker that is alone holds a result for which there is no room yet.
+        if late and (children(row["pid"]) or len(session_members(row["pid"])) > 1):
             return "failed", f"timed out after {duration_text(row['timeout_s'])}", row["run"]
         return None
 
@@ -431,6 +440,8 @@ class Desk:
     def make(self, path: str) -> int:
         # Files, not pipes: a background child cannot block us, memory stays flat, and the
         # supervisor can read what a killed run printed.
+        with suppress(FileNotFoundError):
+            os.unlink(path)  # left behind by another queue of this name, or planted
         return safe_open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
 
     def clear(self) -> None:
@@ -438,10 +449,11 @@ class Desk:
         for number, handle in enumerate(self.outputs):
             size = os.fstat(handle).st_size
             if size > OUTPUT_BOUND:  # the supervisor may be cutting it: let that hit the old file
-                os.close(handle)
-                os.unlink(self.paths[number])
-                self.outputs[number] = self.make(self.paths[number])
-            elif size:
+                with suppress(OSError):  # the directory is gone: then the old one serves on
+                    self.outputs[number] = self.make(self.paths[number])
+                    os.close(handle)
+                    continue
+            if size:
                 os.ftruncate(handle, 0)
 
     def claim(self) -> tuple[Run | None, bool]:
@@ -506,6 +518,7 @@ def rest(desk: Desk, others: list[int], due_at: float | None) -> None:
     """Sleep until the bell, a signal, the next job's time, or the poll interval is over."""
     import select
 
+    has_children()  # what earlier jobs left on purpose (setsid) and has ended is forgotten
     span = desk.settings["poll_interval_ms"] / 1000
     if due_at is not None:
         span = min(span, max(0.0, due_at - time.time()))
@@ -547,6 +560,8 @@ def hand_in(desk: Desk, run: Run, result: Result, wanted: Callable[[], bool]) ->
                 following = desk.claim()[0] if wanted() else None
             break
         except database.SQLiteError as trouble:
+            if database.is_damage(trouble):
+                raise SystemExit(DAMAGED) from None
             # It has run: keep the result until there is room for it, and claim nothing meanwhile.
             # Its output files may be what takes the room.
             if not kept:
@@ -634,20 +649,21 @@ def make_run_directory(path: str) -> None:
 
     Raises QueueError where others could write: they could put commands there for us to run.
     """
-    folder, parent = run_directory(path), os.path.dirname(os.path.abspath(path))
+    folder, parents = run_directory(path), {os.path.dirname(os.path.abspath(path))}
+    parents.add(os.path.dirname(folder))  # another one, if the path is a link
     with suppress(FileExistsError):
         os.mkdir(folder, 0o700)
     if not os.path.isdir(folder) or os.path.islink(folder):
         raise QueueError(f"{folder} is not a directory; remove it")
-    for place in (path, folder, parent):
+    for place in (path, folder, *sorted(parents)):
         status = os.stat(place, follow_symlinks=place != folder)
         # Others cannot replace our files in a sticky directory (/tmp). A group that is our own is
         # let in to the parent: where every user has one, umask 002 makes all directories so.
-        sticky = place == parent and status.st_mode & stat.S_ISVTX
-        bits = 0o002 if place == parent and status.st_gid == os.getegid() else 0o022
+        sticky = place in parents and status.st_mode & stat.S_ISVTX
+        bits = 0o002 if place in parents and status.st_gid == os.getegid() else 0o022
         if status.st_mode & bits and not sticky:
             raise QueueError(f"others can write {place}; chmod go-w {place}")
-        if place != parent and status.st_uid != os.geteuid():
+        if place not in parents and status.st_uid != os.geteuid():
             raise QueueError(f"{place} belongs to another user (uid {status.st_uid})")
     # There already; or there are no FIFOs here, and polling alone serves.
     with suppress(FileExistsError, PermissionError, AttributeError):
@@ -675,7 +691,7 @@ def ring(path: str, times: int = 1) -> None:
     bell = open_bell(path, os.O_WRONLY)
     if bell is None:
         return
-    with suppress(BlockingIOError):  # full of rings as it is
+    with suppress(OSError):  # full of rings as it is, or the last who listened has just left
         os.write(bell, b"!" * min(times, 512))
     os.close(bell)
 
@@ -742,10 +758,13 @@ def bound_output(path: str, worker: str, limit: int) -> None:
 
 @lru_cache
 def boot_id() -> str:
-    """Return a name for this boot of this machine; no process of another boot can live."""
+    """Return a name for this boot of this machine, and for the container that we see of it.
+
+    A process of another boot is dead, and a pid of another container is not ours to judge.
+    """
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
+            return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return ask("sysctl", "-n", "kern.bootsessionuuid")
 
@@ -793,6 +812,13 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 
 
+def children(pid: int) -> list[str]:
+    """Return the pids of a process's children, where the system says."""
+    with suppress(OSError), open(f"/proc/{pid}/task/{pid}/children") as file:
+        return file.read().split()
+    return []
+
+
 def has_children() -> bool:
     """Say whether a child is left, those that are dead forgotten; where none is adopted, maybe."""
     try:
@@ -810,7 +836,8 @@ def process_status(pid: int) -> list[str] | None:
             status = file.read().rpartition(b")")[2].decode().split()
     except OSError:
         return None
-    return None if status[0] in "ZX" else status
+    # A program whose first thread has ended looks like a zombie, but its other threads live on.
+    return None if status[0] in "ZX" and int(status[17]) < 2 else status
 
 
 def ask(*command: str) -> str:
@@ -822,6 +849,12 @@ def ask(*command: str) -> str:
 def is_here(row: Any) -> bool:
     """Say whether a row is of this machine: of this boot, or, since a reboot, of this name."""
     return row["boot"] == boot_id() or row["host"] == os.uname().nodename
+
+
+def is_hidden(row: Any) -> bool:
+    """Say whether a row is of another container of this machine, whose pids say nothing here."""
+    mine, other = boot_id(), row["boot"]
+    return mine != other and mine.partition("/")[0] == other.partition("/")[0]
 
 
 def is_alive(row: Any, prefix: str = "") -> bool:

@@ -217,8 +217,8 @@ class Memory(RuleBasedStateMachine):
         job.exit_code = job.last_error = job.finished_at = None
         job.runs.append(Past(job.attempts, worker, job.run_at, self.now))
         copied = (job.attempts, job.max_retries, job.backoff_base)
-        told = (job.id, worker, *copied, "true", "/", job.run_at, self.now)
-        assert run == Run(run.id, run.seq, *told)
+        told = (run.seq, job.id, *copied, "true", "/", job.run_at)
+        assert run == Run(run.id, worker, self.now, *told)
         self.open[worker] = run
 
     def end(self, db: Wire, run: Run, outcome: str, jitter: float = 0.0) -> None:

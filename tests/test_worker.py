@@ -917,3 +917,118 @@ def test_closed_streams_are_no_trouble(queue: Queue, closed: str) -> None:
     done = subprocess.run(["sh", "-c", script], env=queue.environment, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
     assert queue.states()["completed"] == 1
+
+
+# --- what a sceptical reader broke -----------------------------------------------------------
+
+THREADS_LIVE_ON = """
+import ctypes, os, sys, threading, time
+def live():
+    for _ in range(200):
+        with open(sys.argv[1], "a") as ledger: ledger.write(f"{os.getpid()}\\n")
+        time.sleep(0.05)
+threading.Thread(target=live).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_program_whose_first_thread_has_ended_is_alive_and_is_ended(queue: Queue) -> None:
+    (queue.folder / "program.py").write_text(THREADS_LIVE_ON)
+    command = f"exec {sys.executable} program.py ledger"
+    enqueue(queue, "a", command, timeout=0.5, max_retries=0)
+    queue.start()
+    reaches(queue, "a", "dead")
+    ledger = queue.folder / "ledger"
+    pid = int(ledger.read_text().split()[0])
+    assert worker.process_birth(pid) is None, "it lives on"
+    size = ledger.stat().st_size
+    assert size and worker.session_members(pid) == []
+
+
+def test_a_setsid_program_that_is_the_run_itself_has_a_timeout(queue: Queue) -> None:
+    enqueue(queue, "a", "exec setsid sleep 3", timeout=0.3, max_retries=0)
+    queue.start()
+    reaches(queue, "a", "dead")
+    assert "timed out" in queue.job("a")["last_error"]
+
+
+def test_a_supervisor_with_more_patience_is_judged_by_its_own(queue: Queue) -> None:
+    queue.configure(lock_timeout_s=40, backoff_base=0)
+    enqueue(queue, "a", "sleep 4; echo fine")
+    queue.start()
+    begun_at = time.monotonic()
+    reaches(queue, "a", "processing")
+    queue.configure(lock_timeout_s=2, backoff_base=0)
+    queue.run("worker", "stop", check=0)
+    assert time.monotonic() - begun_at > 2.5
+    assert (queue.state("a"), queue.job("a")["attempts"]) == ("completed", 1)
+
+
+def test_a_long_lock_of_somebody_else_makes_nobody_silent(queue: Queue) -> None:
+    queue.configure(lock_timeout_s=2, backoff_base=0)
+    enqueue(queue, "a", "sleep 6; echo fine")
+    queue.start()
+    reaches(queue, "a", "processing")
+    db = database.connect(queue.path)
+    db.execute("BEGIN IMMEDIATE")
+    words = [sys.executable, str(ROOT / "queuectl.py"), "worker", "stop"]
+    with subprocess.Popen(words, env=queue.environment, stdout=subprocess.DEVNULL) as stop:
+        with pytest.raises(subprocess.TimeoutExpired):
+            stop.wait(4)  # twice as long as silence may last
+        db.execute("ROLLBACK")
+        db.close()
+        assert stop.wait(DEADLINE_S) == 0
+    assert (queue.state("a"), queue.job("a")["attempts"]) == ("completed", 1)
+
+
+def test_a_job_removes_the_run_directory_and_its_result_is_kept(queue: Queue) -> None:
+    removing = f"head -c {worker.OUTPUT_BOUND + 1} /dev/zero; rm -rf {queue.path}.run"
+    enqueue(queue, "a", removing)
+    enqueue(queue, "b", "echo hello")
+    queue.drain()
+    assert (queue.state("a"), queue.job("a")["attempts"]) == ("completed", 1)
+    assert queue.job("b")["stdout"] == "hello\n"
+
+
+def test_workers_of_another_container_are_heard_and_not_judged_by_their_pids(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same machine, same host name, another PID namespace: its pids say nothing here."""
+    enqueue(queue, "a", "true")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    db, _ = claimed(queue, gone.pid)
+    here = worker.boot_id()
+    db.execute("UPDATE supervisors SET boot = ?, lock_timeout_s = 2", (here + "1",))
+    looks, told = settler(queue)
+    looks.tick(db, time.time(), 0)
+    assert (queue.state("a"), told) == ("processing", [])
+    for mono in (1, 2, 3, 4):
+        looks.tick(db, time.time(), mono)
+    db.close()
+    assert told == ["failed"], "after its heartbeat has been silent for its own lock_timeout_s"
+
+
+def test_explain_with_a_reader_that_stalls_holds_nobody_up(queue: Queue) -> None:
+    enqueue(queue, "a", "true")
+    words = [
+        sys.executable,
+        str(ROOT / "queuectl.py"),
+        "--explain",
+        "worker",
+        "start",
+        "--count",
+        "2",
+    ]
+    with subprocess.Popen(
+        words, env=queue.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:  # nobody reads its stderr
+        queue.supervisors.append(process)
+        process.log = queue.folder / "none"
+        queue.run("enqueue", "--file", "-", "--lines", stdin="true\n" * 60, check=0)
+        eventually(lambda: queue.states()["completed"] == 61, "all have run", 90)
+        process.stderr.close()
+        enqueue(queue, "b", "true")
+        reaches(queue, "b", "completed")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
