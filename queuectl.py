@@ -659,8 +659,8 @@ def dlq_retry(place: Place, ids: tuple[str, ...], all_dead: bool) -> None:
     click.echo(f"{plural(count, 'job')} pending again")
 
 
-def setting_text(value: float | str) -> str:
-    return clean(value) if isinstance(value, str) else f"{value:.10g}"
+def setting_text(value: float | str, keep: str = "") -> str:
+    return clean(value, keep) if isinstance(value, str) else f"{value:.10g}"
 
 
 @cli.command("config", context_settings={"ignore_unknown_options": True})
@@ -686,10 +686,12 @@ def configure(place: Place, words: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         emit(found)
     elif lone:
-        click.echo(setting_text(found[name]))
+        click.echo(setting_text(found[name], keep=LAYOUT))
     else:
         meanings = [config.SETTINGS[key].meaning for key in found]
-        lines = [[key, setting_text(found[key]), why] for key, why in zip(found, meanings)]
+        texts = [setting_text(value) for value in found.values()]
+        texts = [text if len(text) < 40 else text[:37] + "..." for text in texts]
+        lines = [list(each) for each in zip(found, texts, meanings)]
         table(["KEY", "VALUE", "MEANING"], lines)
 
 

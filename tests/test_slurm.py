@@ -64,12 +64,12 @@ def free_ports(count: int) -> int:
 
 
 class Cluster:
-    def __init__(self) -> None:
+    def __init__(self, slots: int = SLOTS) -> None:
         self.folder = tempfile.mkdtemp(prefix="slurm-")  # short, for a socket is in it
         self.port = free_ports(NODES + 1)
         self.environment = os.environ | {"SLURM_CONF": f"{self.folder}/slurm.conf"}
         try:
-            self.script("start", NODES, SLOTS, self.port)
+            self.script("start", NODES, slots, self.port)
         except subprocess.SubprocessError:
             self.script("stop")
             raise
