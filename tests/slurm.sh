@@ -97,7 +97,12 @@ stop() {
     done
     for file in "$dir"/pid.n*; do
         for group in /sys/fs/cgroup/*/"slurm_${file##*/pid.}"; do
-            [ ! -d "$group" ] || find "$group" -depth -type d -exec rmdir {} \; 2>/dev/null || true
+            for _ in $(seq 50); do # what is still in it belongs to a step, and is ended
+                [ -d "$group" ] || break
+                find "$group" -name cgroup.procs -exec cat {} + | xargs -r kill -s KILL 2>/dev/null ||
+                    true
+                find "$group" -depth -type d -exec rmdir {} \; 2>/dev/null || sleep 0.1
+            done
         done
     done
     rm -rf "$dir"
