@@ -28,8 +28,8 @@ class BadFile(Exception):
 
 
 class Setting(NamedTuple):
-    kind: type  # int: whole numbers only; float: any number
-    default: float
+    kind: type  # int: whole numbers only; float: any number; str: a shell line, without a range
+    default: float | str
     low: float
     high: float
     meaning: str
@@ -45,6 +45,8 @@ SETTINGS = {
     "lock_timeout_s": Setting(float, 30, 2, 86_400, "a worker silent for so long is lost"),
     "poll_interval_ms": Setting(int, 500, 10, 60_000, "the longest an idle worker sleeps"),
     "output_limit_bytes": Setting(int, 8192, 0, 10 * 2**20, "kept of stdout and of stderr"),
+    "launcher": Setting(str, "", 0, 0, "runs a command elsewhere; empty: here, by /bin/sh"),
+    "launcher_stop": Setting(str, "", 0, 0, "ends what a run may have left there"),
 }
 ALIASES = {"default_timeout": "job_timeout_s"}
 
@@ -64,11 +66,15 @@ SET_BY_QUEUE = frozenset(
 KNOWN = {*TEXTS, *NUMBERS, "run_at", "timeout"}
 ID_LIMIT = 128
 
+# {id} in a launcher, but not what a shell reads: ${id}, {a,b}, { print; }, {{.ID}}.
+PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)\}")
+PLACES = ("command", "id", "attempt", "cwd")
+
 
 # --- the settings file -----------------------------------------------------------------------
 
 
-def load(path: str) -> dict[str, float]:
+def load(path: str) -> dict[str, Any]:
     """Return all settings, those of the file over the defaults. A missing file means the defaults.
 
     Raises BadFile if the file is no JSON object or one of its keys or values is not allowed.
@@ -76,7 +82,7 @@ def load(path: str) -> dict[str, float]:
     return {key: setting.default for key, setting in SETTINGS.items()} | stored(path)
 
 
-def stored(path: str) -> dict[str, float]:
+def stored(path: str) -> dict[str, Any]:
     """Return what the settings file says, under the one spelling of each key."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -88,7 +94,7 @@ def stored(path: str) -> dict[str, float]:
             name = setting_name(key)
             if name in settings:
                 raise BadInput(f'"{name}" is given twice, in two spellings')
-            settings[name] = check_number(name, value, SETTINGS[name])
+            settings[name] = check_setting(name, value)
         return settings
     except FileNotFoundError:
         return {}
@@ -98,17 +104,18 @@ def stored(path: str) -> dict[str, float]:
         raise BadFile(f"{path}: {error.strerror}") from None
 
 
-def store(path: str, key: str, text: str) -> dict[str, float]:
+def store(path: str, key: str, text: str) -> dict[str, Any]:
     """Set one key in the file and return {key: value}; the file is replaced atomically.
 
-    Raises BadInput for an unknown key or a value that is no number or out of range, BadFile if
-    the file as it is cannot be read or written. The other entries of the file are kept.
+    Raises BadInput for an unknown key or a value that is no number or out of range (or no line that
+    `expand` can fill in), BadFile if the file as it is cannot be read or written. The other
+    entries of the file are kept.
     """
     import fcntl
     import tempfile
 
     name = setting_name(key)
-    value = check_number(name, parse_number(text), SETTINGS[name])
+    value = check_setting(name, text if SETTINGS[name].kind is str else parse_number(text))
     path = os.path.realpath(path)  # the file itself, not a link to it, is replaced
     try:
         folder = os.open(os.path.dirname(path), os.O_RDONLY)
@@ -145,10 +152,30 @@ def setting_name(key: str) -> str:
     return name
 
 
+def check_setting(name: str, value: Any) -> float | str:
+    if SETTINGS[name].kind is not str:
+        return check_number(name, value, SETTINGS[name])
+    found = PLACEHOLDER.findall(check_text(name, value))
+    unknown = [word for word in found if word not in PLACES]
+    if unknown:
+        there_are = ", ".join(f"{{{word}}}" for word in PLACES)
+        raise BadInput(f'"{name}" has {{{unknown[0]}}}; there are: {there_are}')
+    if name == "launcher" and value and "command" not in found:
+        raise BadInput(f'"{name}" must have {{command}} in it, else nothing of the job would run')
+    return value
+
+
+def expand(template: str, **values: Any) -> str:
+    """Fill a launcher's placeholders in, each quoted: an id or a command may hold anything."""
+    import shlex
+
+    return PLACEHOLDER.sub(lambda place: shlex.quote(str(values[place[1]])), template)
+
+
 # --- one job ---------------------------------------------------------------------------------
 
 
-def check_job(given: Any, settings: dict[str, float], cwd: str) -> tuple[dict[str, Any], list[str]]:
+def check_job(given: Any, settings: dict[str, Any], cwd: str) -> tuple[dict[str, Any], list[str]]:
     """Turn what a user wrote into the row that database.enqueue takes; say what was ignored.
 
     `given` is parsed JSON; `settings` fill in what it leaves out: they are copied into the job

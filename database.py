@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from operator import itemgetter
@@ -79,7 +79,9 @@ SCHEMA = (
         stdout_bytes INTEGER,                -- written in all; the end of them is kept:
         stderr_bytes INTEGER,
         stdout       BLOB,
-        stderr       BLOB
+        stderr       BLOB,
+        line         TEXT,                   -- the launcher's, that ran in place of the command
+        stop_line    TEXT                    -- ends what it may have left elsewhere
     )""",
     "CREATE INDEX runs_job ON runs (job)",
     """
@@ -128,6 +130,8 @@ class Run(NamedTuple):
     command: str
     cwd: str
     due_at: float
+    line: str | None = None
+    stop_line: str | None = None
 
 
 class Result(NamedTuple):
@@ -343,11 +347,19 @@ def take_in(db: sqlite3.Connection, now: float) -> tuple[int, int]:
 # --- claim and finish ------------------------------------------------------------------------
 
 
-def claim(db: sqlite3.Connection, worker: str, now: float, mono: float) -> tuple[Run | None, bool]:
+def claim(
+    db: sqlite3.Connection,
+    worker: str,
+    now: float,
+    mono: float,
+    launched: Callable[[Run], Run] = lambda run: run,
+) -> tuple[Run | None, bool]:
     """Give the best due job to `worker`: (its run, or None if none is due; is more due?).
 
     Best: highest priority, then earliest run_at, then earliest enqueued. `mono` is the monotonic
-    clock's time. Why it holds between processes: design.md, "Which line stops a double claim?".
+    clock's time. `launched` gives the run its lines; they are stored before anything is started,
+    so that whoever finds the run lost can end it elsewhere. Why it holds between processes:
+    design.md, "Which line stops a double claim?".
     """
     while True:
         # Look, without a lock. Both looks cost the same however many wait or are done.
@@ -366,7 +378,7 @@ def claim(db: sqlite3.Connection, worker: str, now: float, mono: float) -> tuple
             return None, False
         # Take: of all that saw the same job, one finds it still waiting and changes one row.
         *seen, _ = best[0]
-        run = Run(0, worker, now, *seen)
+        run = launched(Run(0, worker, now, *seen))
         with transaction(db):
             taken = db.execute(
                 """
@@ -382,9 +394,10 @@ def claim(db: sqlite3.Connection, worker: str, now: float, mono: float) -> tuple
             if taken == 1:
                 opened = db.execute(
                     """
-                    INSERT INTO runs (job, attempt, worker, due_at, started_at, started_mono)
-                    VALUES (?, ?, ?, ?, ?, ?)""",
-                    (run.seq, run.attempt, worker, run.due_at, now, mono),
+                    INSERT INTO runs (job, attempt, worker, due_at, started_at, started_mono,
+                                      line, stop_line)
+                    VALUES (:seq, :attempt, :worker, :due_at, :now, :mono, :line, :stop_line)""",
+                    {**run._asdict(), "now": now, "mono": mono},
                 )
                 return run._replace(id=opened.lastrowid), len(best) > 1
         # rowcount 0: another worker was faster; look again.
@@ -399,7 +412,7 @@ def held_by(db: sqlite3.Connection, worker: str) -> Run | None:
     row = db.execute(
         """
         SELECT runs.id, runs.worker, runs.started_at, seq, jobs.id, attempt, max_retries,
-               backoff_base, command, cwd, due_at
+               backoff_base, command, cwd, due_at, line, stop_line
         FROM jobs JOIN runs ON job = seq AND runs.finished_at IS NULL
         WHERE state = 'processing' AND jobs.worker = :worker""",
         {"worker": worker},
@@ -662,7 +675,7 @@ JOB = """
     FROM jobs LEFT JOIN runs ON runs.id = (SELECT max(id) FROM runs WHERE job = seq)"""
 
 RUN = """id, attempt, worker, due_at, started_at, finished_at, outcome, exit_code, error, stdout,
-    stderr, stdout_bytes, stderr_bytes"""
+    stderr, stdout_bytes, stderr_bytes, line"""
 
 
 def find(db: sqlite3.Connection, text: str) -> int:

@@ -45,7 +45,7 @@ class Place:
         return self.opened
 
     @property
-    def settings(self) -> dict[str, float]:
+    def settings(self) -> dict[str, Any]:
         return config.load(self.config_path)
 
     def close(self) -> None:
@@ -256,6 +256,10 @@ def number(_: Any, __: Any, text: str | None) -> float | None:
     return None if text is None else config.parse_number(text)
 
 
+def template(_: Any, option: Any, text: str | None) -> str | None:
+    return None if text is None else config.check_setting(option.name, text)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -435,17 +439,21 @@ def worker() -> None:
 @click.option("--count", default=1, type=click.IntRange(1, 1000), help="How many. Default 1.")
 @click.option("--detach", is_flag=True, help="In the background; returns once they are ready.")
 @click.option("--drain", is_flag=True, help="Leave when nothing is left to do.")
+@click.option("--launcher", callback=template, metavar="LINE", help="Hand the runs to this line.")
+@click.option("--launcher-stop", callback=template, metavar="LINE", help="Ends what one may leave.")
 @explain_option  # here too, for this is where one wants to see it
 @click.pass_obj
-def start(place: Place, count: int, detach: bool, drain: bool) -> None:
+def start(place: Place, count: int, detach: bool, drain: bool, **lines: str | None) -> None:
     """Run jobs. Ctrl+C finishes the running ones and leaves; twice, it puts them back.
 
     \b
     queuectl.py worker start --count 4 --drain
+    queuectl.py worker start --count 32 --launcher 'nice -n 19 sh -c {command}'
     """
     import worker as hands
 
-    settings = place.settings
+    given = {name: line for name, line in lines.items() if line is not None}
+    settings = place.settings | given
     place.db.close()  # made if need be; the workers open their own
     if not detach:
         hands.Supervisor(place.path, settings, print_event, count, drain).run()
@@ -453,6 +461,7 @@ def start(place: Place, count: int, detach: bool, drain: bool) -> None:
     words = ["--db", os.path.abspath(place.path), "--config", os.path.abspath(place.config_path)]
     words += ["--explain"] if database.explain else []
     words += ["worker", "start", "--count", str(count), *["--drain"] * drain]
+    words += [f"--{name.replace('_', '-')}={line}" for name, line in given.items()]
     pid, log = hands.detach(words, place.path, count)
     click.echo(f"{plural(count, 'worker')} in the background, supervisor pid {pid}, log {log}")
 
@@ -619,6 +628,8 @@ def show(place: Place, id: str, as_json: bool) -> None:
         span = f"{run['started_at']} to {run['finished_at'] or 'now'} on {run['worker']}"
         how = run["error"] or run["outcome"] or "running"
         click.echo(clean(f"  run {run['attempt']}: {span}: {how}"))
+        if run["line"]:
+            click.echo(clean(f"         {run['line']}"))
     for name in ("stdout", "stderr"):
         if found[name]:
             click.echo(f"--- {name} ---\n{clean(found[name], keep=LAYOUT).rstrip()}")
@@ -787,6 +798,10 @@ def dlq_retry(place: Place, ids: tuple[str, ...], all_dead: bool) -> None:
     click.echo(f"{plural(count, 'job')} pending again")
 
 
+def setting_text(value: float | str, keep: str = "") -> str:
+    return clean(value, keep) if isinstance(value, str) else f"{value:.10g}"
+
+
 @cli.command("config", context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, metavar="[get [KEY] | list | set KEY VALUE | KEY VALUE]")
 @json_option
@@ -810,10 +825,12 @@ def configure(place: Place, words: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         emit(found)
     elif lone:
-        click.echo(f"{found[name]:.10g}")
+        click.echo(setting_text(found[name], keep=LAYOUT))
     else:
         meanings = [config.SETTINGS[key].meaning for key in found]
-        lines = [[key, f"{found[key]:.10g}", why] for key, why in zip(found, meanings)]
+        texts = [setting_text(value) for value in found.values()]
+        texts = [text if len(text) < 40 else text[:37] + "..." for text in texts]
+        lines = [list(each) for each in zip(found, texts, meanings)]
         table(["KEY", "VALUE", "MEANING"], lines)
 
 

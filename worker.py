@@ -21,17 +21,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+import config
 import database
 from database import QueueError, Result, Run, duration_text
 
-Settings = dict[str, float]
+Settings = dict[str, Any]
 Say = Callable[[str, int, str, str], None]  # (who, pid, verb, the rest of the line)
 
 BUSY_TICK_S = 0.1  # how late a timeout or a cancel may be noticed
 IDLE_TICK_S = 0.5
+STOP_LIMIT_S = 30.0  # for each try of a stop line
+STOP_PAUSE_S = 60.0  # the longest between two tries
 OUTPUT_BOUND = 16 * 2**20  # bytes on disk of an output file, beyond the end of it that is kept
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DAMAGED = 3  # a worker's exit code: the queue is beyond trying again
@@ -52,6 +55,45 @@ class Ending:
         self.asked: set[int] = set()
         self.last_signal = signal.SIGTERM
         self.refused = False  # some process may not be signalled; said once
+        self.far: FarEnd | None = None  # once nothing is left here
+
+
+class FarEnd:
+    """The end of what a run may have left elsewhere: its stop line, until it has exited 0.
+
+    There is no last try: as long as the line fails something may live there, and then the job must
+    not run again. But the pauses grow, and each failure is said.
+    """
+
+    def __init__(self, run: Run, say: Callable[[str, str], None], leader: bool):
+        self.run, self.say = run, say
+        self.leader = leader  # of a session of its own; a worker's goes with the worker's
+        self.child, self.tries, self.due = None, 0, 0.0
+
+    def reached(self, mono: float) -> bool:
+        """Begin, end or await a try; say whether one has succeeded. Never blocks."""
+        import subprocess
+
+        if self.child is None and mono >= self.due:
+            self.child = subprocess.Popen(
+                [b"/bin/sh", b"-c", self.run.stop_line.encode()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                cwd="/",
+                start_new_session=self.leader,
+            )
+            self.due = mono + STOP_LIMIT_S
+        code = self.child.poll() if self.child else None
+        if self.child and code is None and mono >= self.due:
+            send(-self.child.pid if self.leader else self.child.pid, signal.SIGKILL)
+        if code:
+            self.tries, self.child = self.tries + 1, None
+            pause = min(STOP_PAUSE_S, 0.25 * 2**self.tries)
+            self.due = mono + pause
+            how = f"{signal_text(code)}, next try in {duration_text(pause)}"
+            told = f"{self.run.job} may still run elsewhere: its stop line has failed"
+            self.say("trouble", f"{told} ({how}): {self.run.stop_line}")
+        return code == 0
 
 
 class Supervisor:
@@ -97,6 +139,7 @@ class Supervisor:
         if 2 * self.count + 32 > files:
             needed = f"{self.count} workers need {2 * self.count + 32} open files"
             raise QueueError(f"{needed}, the limit is {files}; raise it with ulimit -n")
+        self.try_stop_line()
         # Inherited as ignored, it would hide every exit code: of workers, and of jobs.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # Handlers only count; the byte that the interpreter writes into this pipe ends the sleep.
@@ -113,6 +156,16 @@ class Supervisor:
         )
         told = f"{database.plural(self.count, 'worker')} on {self.path}; Ctrl+C stops"
         self.say("supervisor", self.pid, "started", told)
+
+    def try_stop_line(self) -> None:
+        """Refuse a stop line that fails when nothing is to be ended: each end would wait for it."""
+        run = launched(self.settings, Run(0, "", 0, 0, "nobody", 0, 0, 0, "true", "/", 0))
+        far = FarEnd(run, lambda *_: None, leader=True)
+        while run.stop_line and not far.reached(time.monotonic()):
+            if far.tries:
+                what = "launcher_stop must exit 0 when nothing is left to end"
+                raise QueueError(f"{what}; this does not: {run.stop_line}")
+            time.sleep(0.01)
 
     def on_signal(self, *_: object) -> None:
         self.signals += 1
@@ -227,8 +280,10 @@ class Supervisor:
             elif mine and row["run"]:
                 bound_output(self.path, row["worker"], int(self.settings["output_limit_bytes"]))
         for ending in list(self.endings.values()):
-            if self.emptied(ending, mono):
+            if self.emptied(ending, mono) and self.ended_afar(db, ending, mono):
                 self.settle(db, ending)
+            elif ending.far and ending.far.tries and self.stopping > 2:
+                self.reap(ending.worker["pid"])  # leave it, as it is, to the next supervisor
         registered = {row["pid"] for row in workers}
         for pid in [pid for pid in self.children if pid not in registered]:
             self.reap(pid)  # died before it could register: it holds nothing
@@ -305,6 +360,17 @@ class Supervisor:
             pids = ", ".join(map(str, refused))
             self.say(row["worker"], row["pid"], "waits", f"process {pids} may not be signalled")
         return not left
+
+    def ended_afar(self, db: Any, ending: Ending, mono: float) -> bool:
+        """Say whether the run is over elsewhere, too: the fence of a launcher.
+
+        After the session here: what lived in it could have started something there.
+        """
+        name, pid = ending.worker["worker"], ending.worker["pid"]
+        run = None if ending.far else database.held_by(db, name)
+        if run and run.stop_line:
+            ending.far = FarEnd(run, lambda *told: self.say(name, pid, *told), leader=True)
+        return not ending.far or ending.far.reached(mono)
 
     def settle(self, db: Any, ending: Ending) -> None:
         """Record the end of an emptied session's run, if it held one, and forget the worker."""
@@ -457,7 +523,8 @@ class Desk:
                 os.ftruncate(handle, 0)
 
     def claim(self) -> tuple[Run | None, bool]:
-        return database.claim(self.db, self.name, time.time(), time.monotonic())
+        dress = partial(launched, self.settings)
+        return database.claim(self.db, self.name, time.time(), time.monotonic(), dress)
 
     def ring(self) -> None:
         if self.bell is not None:
@@ -531,12 +598,28 @@ def rest(desk: Desk, others: list[int], due_at: float | None) -> None:
         drained(handle)
 
 
+def launched(settings: Settings, run: Run) -> Run:
+    """Give a run its lines: what runs in place of the command, what ends it; none: no launcher."""
+    launcher, stop = settings["launcher"], settings["launcher_stop"]
+    if not launcher:
+        return run
+    known = dict(command=run.command, id=run.job, attempt=run.attempt, cwd=run.cwd)
+    line, stop_line = [config.expand(template, **known) for template in (launcher, stop)]
+    return run._replace(line=line, stop_line=stop_line or None)
+
+
 def run_one(desk: Desk, run: Run) -> Result:
     """Run one claimed job to its end, with all that it has started."""
     desk.say("started", f"{run.job} (run {run.attempt} of {run.max_retries + 1}): {run.command}")
     code, error = execute(desk, run)
     if has_children() and len(session_members(os.getpid())) > 1:
         end_leftovers(desk)
+    if code and run.stop_line:
+        # The line has failed, but has the command? Somebody may have killed the launcher alone, or
+        # the connection broke: what it started may live on, beside the next run.
+        far = FarEnd(run, desk.say, leader=False)
+        while not far.reached(time.monotonic()):
+            time.sleep(0.01)
     limit = int(desk.settings["output_limit_bytes"])
     (out, out_size), (err, err_size) = [read_tail(handle, limit) for handle in desk.outputs]
     if code:
@@ -578,16 +661,18 @@ def execute(desk: Desk, run: Run) -> tuple[int | None, str | None]:
     """Run the command to its end: (exit code, None), or (None, why it could not be started)."""
     import subprocess
 
+    # The directory may be only where the launcher goes, if the launcher is told of it.
+    elsewhere = run.line and "{cwd}" in desk.settings["launcher"] and not os.path.isdir(run.cwd)
     # As bytes: text would be encoded by the locale, which may not know its characters.
     os.environb[b"QUEUECTL_JOB_ID"] = run.job.encode()
     os.environb[b"QUEUECTL_ATTEMPT"] = str(run.attempt).encode()
     try:
         done = subprocess.run(
-            [b"/bin/sh", b"-c", run.command.encode()],
+            [b"/bin/sh", b"-c", (run.line or run.command).encode()],
             stdin=desk.nothing,
             stdout=desk.outputs[0],
             stderr=desk.outputs[1],
-            cwd=run.cwd.encode(),
+            cwd=b"/" if elsewhere else run.cwd.encode(),
         )
         return done.returncode, None
     except (OSError, ValueError) as problem:  # cwd gone, command too long, no more processes

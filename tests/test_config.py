@@ -32,6 +32,7 @@ RANGES = [  # the contract's table
     ("poll_interval_ms", 500, 10, 60_000),
     ("output_limit_bytes", 8192, 0, 10_485_760),
 ]
+LINES = {"launcher": "", "launcher_stop": ""}
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def write(path: str, text: str | bytes) -> None:
 
 
 def test_a_missing_file_means_the_defaults_of_the_contract(path):
-    assert config.load(path) == {name: default for name, default, _, _ in RANGES}
+    assert config.load(path) == {name: default for name, default, _, _ in RANGES} | LINES
     assert config.load(config.DEFAULT_PATH) == config.load(path)
     assert not os.path.exists(path)
 
@@ -182,7 +183,7 @@ def test_of_many_who_store_at_once_none_undoes_another(path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert config.load(path) == dict.fromkeys(names, 10)
+    assert config.load(path) == dict.fromkeys(names, 10) | LINES
 
 
 # --- one job ---------------------------------------------------------------------------------

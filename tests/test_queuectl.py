@@ -30,7 +30,7 @@ FIELDS = (
     " last_error stdout stderr worker created_at updated_at started_at finished_at"
 ).split()
 RUN_FIELDS = (
-    "id attempt worker due_at started_at finished_at outcome exit_code error stdout stderr"
+    "id attempt worker due_at started_at finished_at outcome exit_code error stdout stderr line"
 ).split()
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 EVIL = "\x1b]0;evil\x07 \x9b31m \u202e"  # title, bell, colour in one byte (C1), turned text
@@ -241,6 +241,8 @@ kill_grace_s        1      seconds between SIGTERM and SIGKILL
 lock_timeout_s      30     a worker silent for so long is lost
 poll_interval_ms    100    the longest an idle worker sleeps
 output_limit_bytes  8192   kept of stdout and of stderr
+launcher                   runs a command elsewhere; empty: here, by /bin/sh
+launcher_stop              ends what a run may have left there
 """
 
 
