@@ -95,6 +95,30 @@ def test_every_state_is_explained(state):
     assert f"`{state}`" in README and state in DESIGN
 
 
+def test_what_explain_shows_in_design_md_is_what_it_shows(queue):
+    """The same functions, effects and statements in the same order; numbers of lines may differ."""
+    queue.run("enqueue", "--command", "echo hi", check=0)
+    said = queue.run("worker", "start", "--drain", "--explain", check=0).stderr
+    rest = iter([re.sub(r" +", " ", line) for line in said.splitlines()])
+    shown = re.findall(r"^    ((?:claim|finish|hand_in):.*(?:\n {20,}.*)*)", DESIGN, re.MULTILINE)
+    assert len(shown) == 11
+    for line in shown:
+        where, _, text = re.sub(r"\s+", " ", line).partition(" ")
+        parts = [re.escape(part) for part in re.sub(r"\d+\.\d{3}", "#", text).split("...")]
+        wanted = where.partition(":")[0] + r":\d+ [\d.]+ ms " + ".*".join(parts)
+        wanted = wanted.replace(r"\#", r"\d+\.\d{3}").replace("#", r"\d+\.\d{3}")
+        assert any(re.search(wanted, each) for each in rest), line
+
+
+def test_the_life_of_a_job_in_design_md_is_that_of_its_functions():
+    arrows = re.findall(r"^    (\S+) --> (\S+): (\w+)", DESIGN, re.MULTILINE)
+    assert {state for each in arrows for state in each[:2]} == {*database.STATES, "[*]"}
+    assert {name for *_, name in arrows} == set(
+        "enqueue claim finish cancel retry_dead prune".split()
+    )
+    assert all(hasattr(database, name) for *_, name in arrows)
+
+
 def test_the_table_of_guards_is_that_of_the_mutants():
     section = DESIGN.partition("## Why is this line here?")[2].partition("\n## ")[0]
     shown = [row for row in section.splitlines() if row.startswith("| `")]
