@@ -292,12 +292,13 @@ def parse_entries(lines: Iterator[str]) -> Iterator[tuple[int, Any]]:
     Lines are read one by one, so a million of them need no memory; an array is read whole.
     """
     for number, line in enumerate(lines, 1):
-        if line.lstrip().startswith("["):
+        text = line.strip()
+        if text.startswith("["):
             yield from parse_array("".join([line, *lines]), number)
             return
-        if line.strip():
+        if text:
             try:
-                yield number, parse_json(line)
+                yield number, parse_json(text)
             except BadInput as error:
                 raise BadInput(f"line {number}: {error}") from None
 

@@ -89,7 +89,7 @@ class Watcher:
         self.news, self.sharing = threading.Condition(), threading.Lock()
         self.viewers, self.version, self.stopped = 0, 0, False
         self.full = self.delta = b""  # full is empty while nobody watches
-        self.runs: dict[int, dict[str, Any]] = {}  # of the last snapshot, by number
+        self.runs: dict[int, dict[str, Any]] | None = None  # of the last snapshot, by number
         self.answers: dict[str, tuple[int, bytes]] = {}  # request: (version as of which, answer)
 
     def run(self) -> None:
@@ -107,7 +107,7 @@ class Watcher:
 
     def follow(self, db: Any) -> None:
         """Publish a snapshot whenever something has changed, as long as it is the same file."""
-        file, seen, refresh_at = file_number(self.path), None, 0.0
+        file, seen, refresh_at, self.runs = file_number(self.path), None, 0.0, None
         while self.viewers and not self.stopped and file_number(self.path) == file:
             began = time.monotonic()
             workers = self.hands.live_workers(db)  # one that is killed tells the file nothing
@@ -127,15 +127,22 @@ class Watcher:
             "workers": [{key: row[key] for key in keys} for row in workers],
             "minutes": database.runs_by_minute(db, now - CHART_S),
         }
-        self.publish(found, [dict(row) for row in database.lane_runs(db, now - LANES_S, LANE_RUNS)])
+        still = [id for id, run in (self.runs or {}).items() if not run["finished_at"]]
+        rows = database.lane_runs(db, now - LANES_S, LANE_RUNS, still)
+        self.publish(found, [dict(row) for row in rows])
 
     def publish(self, found: dict[str, Any], runs: list[dict[str, Any]]) -> None:
-        changed = [run for run in runs if self.runs.get(run["id"]) != run]
+        known, now = self.runs or {}, {run["id"]: run for run in runs}
+        changed = [run for run in runs if known.get(run["id"]) != run]
+        # A delta cannot say that an open run is gone, or that this is another queue.
+        whole = self.runs is None or any(not known[id]["finished_at"] for id in known.keys() - now)
         with self.news:
-            self.version, self.runs = self.version + 1, {run["id"]: run for run in runs}
+            self.version, self.runs = self.version + 1, now
             found["version"] = self.version
             self.full = b"data: %s\n\n" % as_json(found | {"runs": runs, "whole": True})
             self.delta = b"data: %s\n\n" % as_json(found | {"runs": changed})
+            if whole:
+                self.delta = self.full
             self.news.notify_all()
 
     def events(self) -> Iterator[bytes]:
@@ -261,7 +268,7 @@ class Server(ThreadingHTTPServer):
         self.is_loopback = ipaddress.ip_address(ip).is_loopback
         self.is_everywhere = ipaddress.ip_address(ip).is_unspecified
         name = socket.gethostname() if self.is_everywhere else host
-        self.host = f"[{name}]:{self.port}" if ":" in name else f"{name}:{self.port}"
+        self.host = (f"[{name}]" if ":" in name else name).lower() + f":{self.port}"
         self.token_path = os.path.join(folder, f"dashboard-{self.port}.token")
         self.token = kept_token(self.token_path)
         self.cookie = f"queuectl_{self.port}={self.token}"  # browsers share them between ports
@@ -323,7 +330,7 @@ class Server(ThreadingHTTPServer):
         if self.is_everywhere:
             with suppress(ValueError):
                 return bool(ipaddress.ip_address(urlsplit(f"//{host}").hostname or ""))
-        return host in (self.host, self.host.removesuffix(":80"))
+        return host.lower() in (self.host, self.host.removesuffix(":80"))
 
 
 def kept_token(path: str) -> str:
@@ -398,9 +405,9 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, routes: dict[str, Callable[[], None]], changes: bool = False) -> None:
         with self.server.lock:
             self.server.waiting.pop(self.connection, None)
-        url = urlsplit(self.path)
-        self.query = dict(parse_qsl(url.query, errors="replace"))
         try:
+            url = urlsplit(self.path)
+            self.query = dict(parse_qsl(url.query, errors="replace"))
             if not self.is_let_in(url.path, changes):
                 self.send(403, REFUSAL)
             elif url.path not in routes:
@@ -463,7 +470,7 @@ class Handler(BaseHTTPRequestHandler):
             with opened(self.server.path) as db:
                 return as_json(look(db))
 
-        as_of = int(self.query.pop("as_of", 0))
+        as_of = max(0, int(self.query.pop("as_of", 0)))
         request = f"{urlsplit(self.path).path} {sorted(self.query.items())}"
         answer = self.server.watcher.shared(request, as_of, make) if as_of else make()
         self.send(200, answer, "application/json")

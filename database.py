@@ -805,10 +805,12 @@ def jobs_page(
     return db.execute(chosen, numbered(seqs) | {"limit": limit}).fetchall(), rest
 
 
-def lane_runs(db: sqlite3.Connection, since: float, limit: int) -> list[sqlite3.Row]:
-    """Return the open runs, and the newest `limit` that ended after `since`, with their jobs."""
+def lane_runs(
+    db: sqlite3.Connection, since: float, limit: int, also: list[int]
+) -> list[sqlite3.Row]:
+    """Return the open runs, the newest `limit` that ended after `since`, and those `also` named."""
     return db.execute(
-        """
+        f"""
         SELECT runs.id, jobs.id AS job, substr(command, 1, 200) AS command, attempt,
                max_retries + 1 AS most, runs.worker, due_at, runs.started_at, runs.finished_at,
                outcome, substr(error, 1, 200) AS error
@@ -817,12 +819,14 @@ def lane_runs(db: sqlite3.Connection, since: float, limit: int) -> list[sqlite3.
             SELECT runs.id FROM jobs JOIN runs ON job = seq
             WHERE state = 'processing' AND runs.finished_at IS NULL
             UNION
+            SELECT id FROM runs WHERE id IN ({marks(also)})
+            UNION
             SELECT id FROM (
                 SELECT id FROM runs
                 WHERE id > (SELECT max(id) FROM runs) - 2 * :limit AND finished_at > :since
                 ORDER BY id DESC LIMIT :limit))
         ORDER BY runs.id""",
-        {"since": since, "limit": limit},
+        {"since": since, "limit": limit} | numbered(also),
     ).fetchall()
 
 

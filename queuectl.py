@@ -61,7 +61,11 @@ def main() -> None:
         code = cli.main(obj=place, prog_name="queuectl.py", standalone_mode=False) or 0
         sys.stdout.flush()
     except click.ClickException as error:
-        code = complain(error.format_message(), error.exit_code)
+        message, code = error.format_message(), error.exit_code
+        if "\n" in message:  # click's help, shown for a command without its words
+            click.echo(message, err=True)
+        else:
+            complain(message, code)
     except BadInput as error:
         code = complain(str(error), 2)
     except (config.BadFile, database.QueueError) as error:
@@ -81,8 +85,7 @@ def main() -> None:
 
 
 def complain(message: str, code: int) -> int:
-    # A message of several lines is click's help, shown for a command without its words.
-    click.echo(message if "\n" in message else f"Error: {clean(message)}", err=True)
+    click.echo(f"Error: {clean(message)}", err=True)
     return code
 
 

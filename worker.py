@@ -38,6 +38,8 @@ STOP_PAUSE_S = 60.0  # the longest between two tries
 OUTPUT_BOUND = 16 * 2**20  # bytes on disk of an output file, beyond the end of it that is kept
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DAMAGED = 3  # a worker's exit code: the queue is beyond trying again
+# Inherited as ignored, it would hide every exit code: of workers, of jobs, of stop lines.
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 NOT_COUNTED = ("stopped", "stopped with its worker; not counted")
 
 
@@ -74,23 +76,27 @@ class FarEnd:
         """Begin, end or await a try; say whether one has succeeded. Never blocks."""
         import subprocess
 
+        code, why = None, ""
         if self.child is None and mono >= self.due:
-            self.child = subprocess.Popen(
-                [b"/bin/sh", b"-c", self.run.stop_line.encode()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                cwd="/",
-                start_new_session=self.leader,
-            )
+            try:
+                self.child = subprocess.Popen(
+                    [b"/bin/sh", b"-c", self.run.stop_line.encode()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    cwd="/",
+                    start_new_session=self.leader,
+                )
+            except OSError as error:  # no more processes: no reason to stop ending the others
+                code, why = 1, error.strerror
             self.due = mono + STOP_LIMIT_S
-        code = self.child.poll() if self.child else None
+        code = self.child.poll() if self.child else code
         if self.child and code is None and mono >= self.due:
             send(-self.child.pid if self.leader else self.child.pid, signal.SIGKILL)
         if code:
             self.tries, self.child = self.tries + 1, None
             pause = min(STOP_PAUSE_S, 0.25 * 2**self.tries)
             self.due = mono + pause
-            how = f"{signal_text(code)}, next try in {duration_text(pause)}"
+            how = f"{why or signal_text(code)}, next try in {duration_text(pause)}"
             told = f"{self.run.job} may still run elsewhere: its stop line has failed"
             self.say("trouble", f"{told} ({how}): {self.run.stop_line}")
         return code == 0
@@ -140,8 +146,6 @@ class Supervisor:
             needed = f"{self.count} workers need {2 * self.count + 32} open files"
             raise QueueError(f"{needed}, the limit is {files}; raise it with ulimit -n")
         self.try_stop_line()
-        # Inherited as ignored, it would hide every exit code: of workers, and of jobs.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # Handlers only count; the byte that the interpreter writes into this pipe ends the sleep.
         self.wake, wake_write = quiet_pipe()
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)

@@ -532,14 +532,14 @@ def test_viewers_who_ask_alike_cost_one_look(server: dashboard.Server) -> None:
 
 def test_a_viewer_that_missed_a_snapshot_is_sent_all(server: dashboard.Server) -> None:
     watcher = server.watcher
-    watcher.publish({"n": 1}, [{"id": 1}])
+    watcher.publish({"n": 1}, [{"id": 1, "finished_at": 1}])
     stream = watcher.events()
     assert b'"whole":true' in next(stream)
-    watcher.publish({"n": 2}, [{"id": 1}, {"id": 2}])
-    assert b'"runs":[{"id":2}]' in next(stream)
-    watcher.publish({"n": 3}, [{"id": 2}, {"id": 3}])
-    watcher.publish({"n": 4}, [{"id": 3}])
-    assert b'"runs":[{"id":3}],"whole":true' in next(stream)
+    watcher.publish({"n": 2}, [{"id": 1, "finished_at": 1}, {"id": 2, "finished_at": 1}])
+    assert b'"runs":[{"id":2,"finished_at":1}]' in next(stream)
+    watcher.publish({"n": 3}, [{"id": 2, "finished_at": 1}, {"id": 3, "finished_at": 1}])
+    watcher.publish({"n": 4}, [{"id": 3, "finished_at": 1}])
+    assert b'"runs":[{"id":3,"finished_at":1}],"whole":true' in next(stream)
     stream.close()
 
 
@@ -1039,3 +1039,26 @@ def test_nothing_is_wider_than_the_window(window: Window, tab: Callable, width: 
     assert (
         page.evaluate("(d => d.scrollWidth - d.clientWidth)(document.querySelector('#job'))") <= 0
     )
+
+
+def test_an_open_run_that_is_no_longer_listed_is_taken_from_the_page(queue):
+    watcher = dashboard.Watcher(queue.path, None)
+    watcher.publish({}, [{"id": 1, "finished_at": None}, {"id": 2, "finished_at": 1}])
+    watcher.publish({}, [{"id": 1, "finished_at": None}])
+    assert b'"whole"' not in watcher.delta, "what has ended is old: the page drops it by itself"
+    watcher.publish({}, [{"id": 3, "finished_at": None}])
+    assert watcher.delta == watcher.full
+
+
+def test_a_long_run_is_listed_when_it_ends_however_many_were_run_beside_it(queue):
+    add(queue, *[{"command": "true"}] * 61)
+    db = database.connect(queue.path)
+    long, _ = database.claim(db, "w1", time.time(), 1.0)
+    for _ in range(60):
+        run, _ = database.claim(db, "w2", time.time(), 1.0)
+        database.finish(db, run, database.Result("completed", 0), 2.0, 0, 0)
+    assert long.id in [row["id"] for row in database.lane_runs(db, 0, 10, [])]
+    database.finish(db, long, database.Result("completed", 0), 3.0, 0, 0)
+    assert long.id not in [row["id"] for row in database.lane_runs(db, 0, 10, [])]
+    assert long.id in [row["id"] for row in database.lane_runs(db, 0, 10, [long.id])]
+    db.close()

@@ -329,3 +329,18 @@ def test_tries_come_less_often_and_never_end(tmp_path):
         assert not far.reached(now + pause - 0.01) and far.child is None
         now += pause
     assert (tmp_path / "tries").read_text().count("try") == 11
+
+
+def test_a_stop_line_that_fails_is_refused_also_where_sigchld_was_inherited_as_ignored(queue):
+    """The kernel then forgets exit codes, and to Python each child has ended well."""
+    ignoring = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
+    ignoring += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    words = ["worker", "start", "--drain", "--launcher", "sh -c {command}"]
+    done = subprocess.run(
+        [sys.executable, "-c", ignoring, ROOT / "queuectl.py", *words, "--launcher-stop", "false"],
+        env=queue.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and "must exit 0" in done.stderr
