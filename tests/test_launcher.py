@@ -10,11 +10,12 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import Queue, eventually
+from conftest import ROOT, Queue, eventually
 from hypothesis import given
 from hypothesis import strategies as st
 from test_guards import dead_pid
