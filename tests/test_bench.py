@@ -22,9 +22,9 @@ import database
 FAST = ["drain", "latency", "bulk", "growth", "commands", "prune", "idle"]
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen:
+def start(folder: Path, *words: str, quick: bool = True) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "bench.py"), "--quick", *words],
+        [sys.executable, str(ROOT / "tests" / "bench.py"), *["--quick"] * quick, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -70,7 +70,7 @@ def test_the_big_queue_is_one_that_could_have_come_about(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
 def test_interrupted_it_leaves_nothing_behind(tmp_path, number):
-    process = start(tmp_path, "--only", "crowd")
+    process = start(tmp_path, "--only", "crowd", quick=False)
     eventually(lambda: list(tmp_path.glob("bench-*/*/queue.db.run/w*.out")), "jobs run", 120)
     process.send_signal(number)
     process.communicate(timeout=60)
