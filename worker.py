@@ -510,8 +510,6 @@ class Desk:
     def make(self, path: str) -> int:
         # Files, not pipes: a background child cannot block us, memory stays flat, and the
         # supervisor can read what a killed run printed.
-        with suppress(FileNotFoundError):
-            os.unlink(path)  # left behind by another queue of this name, or planted
         return safe_open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
 
     def clear(self) -> None:
@@ -520,6 +518,7 @@ class Desk:
             size = os.fstat(handle).st_size
             if size > OUTPUT_BOUND:  # the supervisor may be cutting it: let that hit the old file
                 with suppress(OSError):  # the directory is gone: then the old one serves on
+                    os.unlink(self.paths[number])
                     self.outputs[number] = self.make(self.paths[number])
                     os.close(handle)
                     continue
