@@ -570,6 +570,7 @@ def main() -> None:
     given = parser.parse_args()
     adopt()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     folder, facts, began = Path(tempfile.mkdtemp(prefix="bench-")), about(), time.monotonic()
     try:
         bench = Bench(folder, given.quick)
