@@ -952,7 +952,7 @@ def dashboard_needs(place: Place) -> tuple[str, Any]:
         hands.live_workers,
         lambda worker, name: hands.live_output(path, worker, name, 0, limit),
         lambda count: hands.ring(path, count),
-        lambda seqs: hands.await_cancelled(path, settings, lambda *_: None, seqs),
+        lambda seqs: hands.await_cancelled(path, settings, print_remark, seqs),
         status_of,
     )
 

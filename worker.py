@@ -623,6 +623,7 @@ def run_one(desk: Desk, run: Run) -> Result:
         far = FarEnd(run, desk.say, leader=False)
         while not far.reached(time.monotonic()):
             time.sleep(0.01)
+        end_leftovers(desk)  # of tries that hung
     limit = int(desk.settings["output_limit_bytes"])
     (out, out_size), (err, err_size) = [read_tail(handle, limit) for handle in desk.outputs]
     if code:
