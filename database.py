@@ -353,8 +353,8 @@ def claim(
     now: float,
     mono: float,
     launched: Callable[[Run], Run] = lambda run: run,
-) -> tuple[Run | None, bool]:
-    """Give the best due job to `worker`: (its run, or None if none is due; is more due?).
+) -> tuple[Run | None, float | None]:
+    """Give the best due job to `worker`: (its run, or None if none is due; when the next is due).
 
     Best: highest priority, then earliest run_at, then earliest enqueued. `mono` is the monotonic
     clock's time. `launched` gives the run its lines; they are stored before anything is started,
@@ -375,31 +375,33 @@ def claim(
             come_due(db, now)
             continue
         if not best:
-            return None, False
+            return None, later
         # Take: of all that saw the same job, one finds it still waiting and changes one row.
         *seen, _ = best[0]
         run = launched(Run(0, worker, now, *seen))
+        given = run._asdict() | {"mono": mono}
         with transaction(db):
             taken = db.execute(
                 """
                 UPDATE jobs
                 SET state = 'processing', worker = :worker, attempts = attempts + 1, due = NULL,
                     exit_code = NULL, last_error = NULL,
-                    started_at = :now, finished_at = NULL, updated_at = :now
+                    started_at = :started_at, finished_at = NULL, updated_at = :started_at
                 WHERE seq = :seq
                   AND state IN ('pending', 'failed')  -- nobody was faster,
                   AND run_at = :due_at AND attempts + 1 = :attempt  -- nor has it run since""",
-                {**run._asdict(), "now": now},
+                given,
             ).rowcount
             if taken == 1:
                 opened = db.execute(
                     """
                     INSERT INTO runs (job, attempt, worker, due_at, started_at, started_mono,
                                       line, stop_line)
-                    VALUES (:seq, :attempt, :worker, :due_at, :now, :mono, :line, :stop_line)""",
-                    {**run._asdict(), "now": now, "mono": mono},
+                    VALUES (:seq, :attempt, :worker, :due_at, :started_at, :mono, :line,
+                            :stop_line)""",
+                    given,
                 )
-                return run._replace(id=opened.lastrowid), len(best) > 1
+                return run._replace(id=opened.lastrowid), now if len(best) > 1 else later
         # rowcount 0: another worker was faster; look again.
 
 

@@ -14,13 +14,14 @@ makes. A worker is disposable: to end a run its session is ended, the worker wit
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from functools import lru_cache, partial
 from typing import Any
 
@@ -504,6 +505,7 @@ class Desk:
         self.say = lambda verb, text: say(name, os.getpid(), verb, text)
         self.paths = output_paths(path, name)
         self.outputs = [self.make(output) for output in self.paths]
+        self.folder = os.open(run_directory(path), os.O_RDONLY)
         self.nothing = os.open(os.devnull, os.O_RDONLY)
         self.bell = open_bell(path, os.O_RDWR)  # for writing too: else it ends with each writer
 
@@ -525,7 +527,17 @@ class Desk:
             if size:
                 os.ftruncate(handle, 0)
 
-    def claim(self) -> tuple[Run | None, bool]:
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Queue up for the write lock. For speed alone: SQLite itself looks for its lock again
+        after 1, 2, 5 ... ms; the kernel lets the next worker go on when the last one is through."""
+        fcntl.flock(self.folder, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self.folder, fcntl.LOCK_UN)
+
+    def claim(self) -> tuple[Run | None, float | None]:
         dress = partial(launched, self.settings)
         return database.claim(self.db, self.name, time.time(), time.monotonic(), dress)
 
@@ -567,35 +579,43 @@ def work(supervisor: Supervisor) -> None:
         if run:
             run = hand_in(desk, run, run_one(desk, run), wanted)
             continue
-        due_at = None
+        seen = next_at = None
         try:
-            run, more = desk.claim()
-            if more:
+            seen = database.data_version(db)  # before the look: what comes during it is no old news
+            run, next_at = desk.claim()
+            if run and next_at and next_at <= time.time():
                 desk.ring()  # we took all rings: two jobs that came at once need two workers
-            if run is None:
-                if supervisor.drain and database.settled(db):
-                    return
-                due_at = database.next_due_at(db)
+            if run is None and supervisor.drain and database.settled(db):
+                return
         except database.SQLiteError as error:
+            seen = None  # look again soon, changed or not
             desk.say("trouble", database.error_text(error, path))
             if database.is_damage(error):
                 raise SystemExit(DAMAGED) from None
         if run is None:
-            rest(desk, [wake, supervisor.lifeline], due_at)
+            rest(desk, [wake, supervisor.lifeline], seen, next_at)
 
 
-def rest(desk: Desk, others: list[int], due_at: float | None) -> None:
-    """Sleep until the bell, a signal, the next job's time, or the poll interval is over."""
+def rest(desk: Desk, others: list[int], seen: int | None, next_at: float | None) -> None:
+    """Sleep until the bell, a signal, the next job's time, or a change of the queue since `seen`.
+
+    Whether it has changed is asked once each poll interval; None: as if it had.
+    """
     import select
 
-    has_children()  # what earlier jobs left on purpose (setsid) and has ended is forgotten
-    span = desk.settings["poll_interval_ms"] / 1000
-    if due_at is not None:
-        span = min(span, max(0.0, due_at - time.time()))
     waiting = select.poll()
     for handle in [*others, *([] if desk.bell is None else [desk.bell])]:
         waiting.register(handle, select.POLLIN)
-    for handle, _ in waiting.poll(span * 1000):
+    span, ready = desk.settings["poll_interval_ms"] / 1000, []
+    with suppress(database.SQLiteError):  # the next look meets the same, and says it
+        while not ready and span > 0:
+            has_children()  # what earlier jobs left on purpose (setsid) and has ended is forgotten
+            if next_at is not None:
+                span = min(span, max(0.0, next_at - time.time()))
+            ready = waiting.poll(1000 * span)
+            if seen is None or database.data_version(desk.db) != seen:
+                break
+    for handle, _ in ready:
         # Emptied before the next look, so that a ring during it is not lost; and emptied whole,
         # or what is left over from a busy hour would wake us again and again.
         drained(handle)
@@ -639,7 +659,7 @@ def hand_in(desk: Desk, run: Run, result: Result, wanted: Callable[[], bool]) ->
     kept = False
     while True:
         try:
-            with database.transaction(desk.db):
+            with desk.turn(), database.transaction(desk.db):
                 told = record(desk.db, run, result, desk.settings)
                 # Not sooner: if we are killed, these are all that is left of the run. Not later:
                 # who reads the files of an open run must never see the output of another.

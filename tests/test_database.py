@@ -128,11 +128,14 @@ def test_jobs_are_claimed_by_priority_then_time_then_order_of_enqueue(jobs):
             ready = database.ready_jobs(db, NOW + later, -1)
             assert [database.find(db, row["id"]) for row in ready] == [seq for *_, seq in due]
             for left, (_, _, seq) in zip(reversed(range(len(due))), due):
-                run, more = database.claim(db, "w1", NOW + later, 0.0)
-                assert (run.seq, more) == (seq, left > 0)
+                run, next_at = database.claim(db, "w1", NOW + later, 0.0)
+                assert (run.seq, next_at) == (seq, NOW + later if left else next_due(waiting))
                 assert end(db, run, "completed", NOW + later) == ("completed", run.due_at)
-            assert database.claim(db, "w1", NOW + later, 0.0) == (None, False)
-            assert database.next_due_at(db) == min((NOW + at for _, at, _ in waiting), default=None)
+            assert database.claim(db, "w1", NOW + later, 0.0) == (None, next_due(waiting))
+
+
+def next_due(waiting):
+    return min((NOW + at for _, at, _ in waiting), default=None)
 
 
 def test_a_far_job_of_high_priority_neither_runs_early_nor_blocks_the_others(db):
