@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
@@ -220,6 +220,22 @@ def check_job(given: Any, settings: dict[str, Any], cwd: str) -> tuple[dict[str,
     return job, ignored
 
 
+def check_jobs(
+    entries: Iterable[tuple[int, Any]], settings: dict[str, Any], cwd: str, ignored: set[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line, row) of each (line, entry); fields that are ignored are added to `ignored`.
+
+    Raises BadInput, naming the line, if it has one.
+    """
+    for line, entry in entries:
+        try:
+            row, unused = check_job(entry, settings, cwd)
+        except BadInput as error:
+            raise BadInput(f"line {line}: {error}" if line else str(error)) from None
+        ignored.update(unused)
+        yield line, row
+
+
 def check_id(value: str) -> None:
     if not value.strip():
         raise BadInput('"id" is empty')
@@ -301,6 +317,13 @@ def parse_entries(lines: Iterator[str]) -> Iterator[tuple[int, Any]]:
                 yield number, parse_json(text)
             except BadInput as error:
                 raise BadInput(f"line {number}: {error}") from None
+
+
+def parse_commands(lines: Iterator[str]) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, job) of lines that are commands."""
+    for number, text in enumerate(lines, 1):
+        if text.strip():
+            yield number, {"command": text.rstrip("\r\n")}
 
 
 def parse_array(text: str, first_line: int) -> Iterator[tuple[int, Any]]:

@@ -1,7 +1,7 @@
 """The memory: schema, every SQL statement, every state change.
 
-Owns the queue file. Must not read a clock (`now` is passed in: Unix seconds, UTC), start or signal
-a process, or print. The life of a job, each arrow a function below:
+Owns the queue file. Must not ask what time it is (`now` is passed in: Unix seconds, UTC), start or
+signal a process, or print. The life of a job, each arrow a function below:
 
     enqueue      -> pending
     claim        pending, failed -> processing
@@ -18,8 +18,11 @@ timeout (https://www.sqlite.org/isolation.html). A single statement is a transac
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import stat
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -146,17 +149,7 @@ class Result(NamedTuple):
     stderr_bytes: int = 0
 
 
-explain: Any = None  # --explain: is given each call of execute, and makes it
-
-
-class Explained(sqlite3.Connection):
-    """What `connect` opens if `explain` is set: queuectl.explain shows each statement."""
-
-    def execute(self, sql: str, values: Any = ()) -> sqlite3.Cursor:
-        return explain(super().execute, sql, values, self.in_transaction)
-
-    def executemany(self, sql: str, values: Any) -> sqlite3.Cursor:
-        return explain(super().executemany, sql, values, self.in_transaction)
+show: Any = None  # --explain: a function of the face, given [(where and what, SQL, remark)]
 
 
 # --- the file --------------------------------------------------------------------------------
@@ -178,7 +171,7 @@ def connect(path: str, durable: bool = True) -> sqlite3.Connection:
         if not isinstance(error, PermissionError):  # what is read-only can still be read
             raise QueueError(f"{path}: cannot be opened as a queue: {error.strerror}") from None
     # Absolute, for to SQLite some names are no files (:memory:).
-    kind = {"factory": Explained} if explain else {}
+    kind = {"factory": Explained} if show else {}
     place = os.path.abspath(path)
     db = sqlite3.connect(place, timeout=BUSY_TIMEOUT_S, isolation_level=None, **kind)
     try:
@@ -750,6 +743,25 @@ def counts(db: sqlite3.Connection, seqs: Iterable[int] = ()) -> dict[str, int]:
     return {state: found.get(state, 0) for state in STATES} | {"total": sum(found.values())}
 
 
+def summary(db: sqlite3.Connection, now: float) -> dict[str, Any]:
+    """Return the counts, and of the last hour: jobs a minute, success rate, median times."""
+    import statistics
+
+    ended = recent_runs(db, now - 3600)
+    # Of very many runs only the last are looked at; then the time that they took is the span.
+    span = 3600 if len(ended) < RECENT_RUNS else max(1, now - ended[0]["finished_at"])
+    ended = [run for run in ended if run["outcome"] in ("completed", "failed")]
+    completed = sum(run["outcome"] == "completed" for run in ended)
+    waits = [max(0, run["started_at"] - run["due_at"]) for run in ended]
+    spans = [max(0, run["finished_at"] - run["started_at"]) for run in ended]
+    return counts(db) | {
+        "jobs_per_minute": round(completed * 60 / span, 2),
+        "success_rate": round(completed / len(ended), 4) if ended else None,
+        "median_wait_s": round(statistics.median(waits), 4) if ended else None,
+        "median_run_s": round(statistics.median(spans), 4) if ended else None,
+    }
+
+
 def settled(db: sqlite3.Connection) -> bool:
     """Say whether no job is pending, failed or processing: nothing is left to do."""
     left = "SELECT 1 FROM jobs WHERE state IN ('pending', 'failed', 'processing') LIMIT 1"
@@ -946,6 +958,90 @@ def sentence(job: sqlite3.Row, now: float) -> str:
     if state == "completed":
         return f"completed on run {job['attempts']} of {total}"
     return f"cancelled after {ran}" if job["attempts"] else "cancelled before it ran"
+
+
+# --- explain: what --explain shows -----------------------------------------------------------
+
+# (function, verb, rows changed; None: any): what a reader would not see by himself.
+REMARKS = {
+    ("claim", "UPDATE", 1): "rowcount 1: it is mine",
+    ("claim", "UPDATE", 0): "rowcount 0: another worker was faster; look again",
+    ("finish", "UPDATE", 0): "rowcount 0: somebody else has settled it, or nothing was asked",
+    ("gather", "BEGIN", None): "for a temporary table alone: nobody waits for it",
+    ("take_in", "COMMIT", None): "now it is safe, and its id may be printed",
+}
+LAST_FOUND: dict[str, str] = {}  # by the text of a SELECT
+UNSHOWN: list[tuple[str, str, str]] = []  # of the open transaction: nobody waits for a reader
+
+
+class Rows(list):
+    """The rows of a SELECT, read at once to be counted."""
+
+    def fetchall(self) -> list[Any]:
+        return self
+
+    def fetchone(self) -> Any:
+        return self[0] if self else None
+
+
+class Explained(sqlite3.Connection):
+    """What `connect` opens if `show` is set: each statement is told to it."""
+
+    def execute(self, sql: str, values: Any = ()) -> Any:
+        return self.told(super().execute, sql, values)
+
+    def executemany(self, sql: str, values: Any) -> Any:
+        return self.told(super().executemany, sql, values)
+
+    def told(self, run: Callable[[str, Any], Any], sql: str, values: Any) -> Any:
+        """Execute one statement, and show it with what it did and cost."""
+        inside, began = self.in_transaction, time.perf_counter()
+        answer = run(sql, values)
+        answer = Rows(answer.fetchall()) if answer.description else answer
+        took = (time.perf_counter() - began) * 1000
+        frame = sys._getframe(2)
+        while re.match("<|transaction|inner|__", frame.f_code.co_name):
+            frame = frame.f_back
+        function, text = frame.f_code.co_name, inlined(sql, values)
+        verb = text.partition(" ")[0]
+        if isinstance(answer, Rows):
+            changed, effect = None, plural(len(answer), "row")
+            if LAST_FOUND.get(text) == effect:
+                return answer  # idle ones look again and again: what they find is shown once
+            LAST_FOUND[text] = effect
+        else:
+            changed = answer.rowcount if answer.rowcount >= 0 else None
+            effect = "" if changed is None else f"{plural(changed, 'row')} changed"
+        remark = REMARKS.get((function, verb, changed), "")
+        if verb == "BEGIN" and took > 1:
+            remark = f"waited {took:.1f} ms for another writer's lock"
+        ends = verb in ("COMMIT", "ROLLBACK")
+        place = f"pid {os.getpid():<7}  {f'{function}:{frame.f_lineno}':<20}"
+        head = f"{place} {took:8.2f} ms  {effect:<14}  " + "  " * (inside and not ends)
+        UNSHOWN.append((head, text, remark))
+        if ends or (not inside and verb != "BEGIN"):
+            show(UNSHOWN)
+            UNSHOWN.clear()
+        return answer
+
+
+def inlined(sql: str, values: Any) -> str:
+    """Return SQL on one line, without its comments, each placeholder replaced by its value."""
+    text = " ".join(re.sub("--.*", "", sql).split())
+    if isinstance(values, dict):
+        return re.sub(r":([a-z]\w*)", lambda match: literal(values[match[1]]), text)
+    rest = list(values)[::-1] if isinstance(values, tuple) else []
+    return re.sub(r"\?", lambda _: literal(rest.pop()), text) if rest else text
+
+
+def literal(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, bytes):
+        return f"<{plural(len(value), 'byte')}>"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return repr(value if len(str(value)) <= 40 else value[:37] + "...")
 
 
 # --- doctor ----------------------------------------------------------------------------------

@@ -54,8 +54,9 @@ class Place:
             self.opened = None
 
 
-def main() -> None:
-    """Run one command line; every error that is not our own mistake becomes one line here."""
+def main() -> int:
+    """Run one command line, return its exit code; every error that is not our own mistake becomes
+    one line here."""
     place = Place()
     try:
         code = cli.main(obj=place, prog_name="queuectl.py", standalone_mode=False) or 0
@@ -81,7 +82,7 @@ def main() -> None:
         code = 1 if error.errno == errno.EPIPE else complain(f"standard output: {error}", 1)
     finally:
         place.close()
-    sys.exit(code)
+    return code
 
 
 def complain(message: str, code: int) -> int:
@@ -156,83 +157,9 @@ def print_remark(*event: Any) -> None:
     print_event(*event, to=sys.stderr)
 
 
-# --- explain: what --explain shows -----------------------------------------------------------
-
-# (function, verb, rows changed; None: any): what a reader would not see by himself.
-REMARKS = {
-    ("claim", "UPDATE", 1): "rowcount 1: it is mine",
-    ("claim", "UPDATE", 0): "rowcount 0: another worker was faster; look again",
-    ("finish", "UPDATE", 0): "rowcount 0: somebody else has settled it, or nothing was asked",
-    ("gather", "BEGIN", None): "for a temporary table alone: nobody waits for it",
-    ("take_in", "COMMIT", None): "now it is safe, and its id may be printed",
-}
-LAST_FOUND: dict[str, str] = {}  # by the text of a SELECT
-UNSHOWN: list[str] = []  # of the open transaction: while the lock is held nobody waits for a reader
-
-
-class Rows(list):
-    """The rows of a SELECT, read at once to be counted."""
-
-    def fetchall(self) -> list[Any]:
-        return self
-
-    def fetchone(self) -> Any:
-        return self[0] if self else None
-
-
-def explain(run: Any, sql: str, values: Any, inside: bool) -> Any:
-    """Execute one statement for database.Explained, and show it with what it did and cost."""
-    began = time.perf_counter()
-    answer = run(sql, values)
-    answer = Rows(answer.fetchall()) if answer.description else answer
-    took = (time.perf_counter() - began) * 1000
-    frame = sys._getframe(2)
-    while (
-        re.match("<|transaction|inner", frame.f_code.co_name)
-        or "contextlib" in frame.f_code.co_filename
-    ):
-        frame = frame.f_back
-    function, text = frame.f_code.co_name, inlined(sql, values)
-    verb = text.partition(" ")[0]
-    if isinstance(answer, Rows):
-        changed, effect = None, plural(len(answer), "row")
-        if LAST_FOUND.get(text) == effect:
-            return answer  # idle ones look again and again: what they find is shown once
-        LAST_FOUND[text] = effect
-    else:
-        changed = answer.rowcount if answer.rowcount >= 0 else None
-        effect = "" if changed is None else f"{plural(changed, 'row')} changed"
-    remark = REMARKS.get((function, verb, changed), "")
-    if verb == "BEGIN" and took > 1:
-        remark = f"waited {took:.1f} ms for another writer's lock"
-    head = (
-        f"pid {os.getpid():<7}  {f'{function}:{frame.f_lineno}':<20} {took:8.2f} ms  {effect:<14}  "
-    )
-    ends = verb in ("COMMIT", "ROLLBACK")
-    UNSHOWN.append(statement_text(head + "  " * (inside and not ends), text, remark))
-    if ends or (not inside and verb != "BEGIN"):
-        put(sys.stderr, "\n".join(UNSHOWN))
-        UNSHOWN.clear()
-    return answer
-
-
-def inlined(sql: str, values: Any) -> str:
-    """Return SQL on one line, without its comments, each placeholder replaced by its value."""
-    text = " ".join(re.sub("--.*", "", sql).split())
-    if isinstance(values, dict):
-        return re.sub(r":([a-z]\w*)", lambda match: literal(values[match[1]]), text)
-    rest = list(values)[::-1] if isinstance(values, tuple) else []
-    return re.sub(r"\?", lambda _: literal(rest.pop()), text) if rest else text
-
-
-def literal(value: Any) -> str:
-    if value is None:
-        return "NULL"
-    if isinstance(value, bytes):
-        return f"<{plural(len(value), 'byte')}>"
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return repr(value if len(str(value)) <= 40 else value[:37] + "...")
+def show_statements(statements: list[tuple[str, str, str]]) -> None:
+    """Print what --explain shows; database.Explained makes it."""
+    put(sys.stderr, "\n".join(statement_text(*each) for each in statements))
 
 
 def statement_text(head: str, text: str, remark: str) -> str:
@@ -268,7 +195,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 def start_explaining(_: Any, __: Any, wanted: bool) -> None:
     if wanted:
-        database.explain = explain
+        database.show = show_statements
 
 
 explain_option = click.option(
@@ -340,13 +267,14 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
     if lines and file is None:
         raise BadInput("--lines goes with --file")
     if file is not None:
-        entries = file_entries(file, lines)
+        entries = (config.parse_commands if lines else config.parse_entries)(file_lines(file))
     elif job is not None:
         entries = [(0, parsed_job("".join(file_lines("-")) if job == "-" else job))]
     else:
         entries = [(0, job_of_options(given))]
     ignored: set[str] = set()
-    database.gather(place.db, checked(entries, place.settings, ignored))
+    jobs = config.check_jobs(entries, place.settings, current_directory(), ignored)
+    database.gather(place.db, jobs)
     first, last = database.take_in(place.db, time.time())  # now, when all has come in
     ring(place, last - first + 1)
     if ignored:
@@ -368,20 +296,6 @@ def parsed_job(text: str) -> Any:
         raise BadInput(f"{error}; for a shell command write --command TEXT") from None
 
 
-def checked(
-    entries: Iterable[tuple[int, Any]], settings: dict[str, float], ignored: set[str]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, row) of each entry; fields that are ignored are added to `ignored`."""
-    cwd = current_directory()
-    for line, entry in entries:
-        try:
-            row, unused = config.check_job(entry, settings, cwd)
-        except BadInput as error:
-            raise BadInput(f"line {line}: {error}" if line else str(error)) from None
-        ignored.update(unused)
-        yield line, row
-
-
 def current_directory() -> str:
     try:
         return config.check_text("cwd", os.getcwd())
@@ -396,16 +310,6 @@ def job_of_options(given: dict[str, Any]) -> dict[str, Any]:
     if "delay" in given:
         given["run_at"] = time.time() + given.pop("delay")
     return given
-
-
-def file_entries(path: str, lines: bool) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, entry) of a file of JSON, or of commands."""
-    if not lines:
-        yield from config.parse_entries(file_lines(path))
-        return
-    for line, text in enumerate(file_lines(path), 1):
-        if text.strip():
-            yield line, {"command": text.rstrip("\r\n")}
 
 
 def file_lines(path: str) -> Iterator[str]:
@@ -462,7 +366,7 @@ def start(place: Place, count: int, detach: bool, drain: bool, **lines: str | No
         hands.Supervisor(place.path, settings, print_event, count, drain).run()
         return
     words = ["--db", os.path.abspath(place.path), "--config", os.path.abspath(place.config_path)]
-    words += ["--explain"] if database.explain else []
+    words += ["--explain"] if database.show else []
     words += ["worker", "start", "--count", str(count), *["--drain"] * drain]
     words += [f"--{name.replace('_', '-')}={line}" for name, line in given.items()]
     pid, log = hands.detach(words, place.path, count)
@@ -528,26 +432,9 @@ def status(place: Place, watch: bool, as_json: bool) -> None:
 
 
 def status_of(db: Any) -> dict[str, Any]:
-    import statistics
-
     from worker import live_workers
 
-    now = time.time()
-    runs = database.recent_runs(db, now - 3600)
-    # Of very many runs only the last are looked at; then the time that they took is the span.
-    span = 3600 if len(runs) < database.RECENT_RUNS else max(1, now - runs[0]["finished_at"])
-    ended = [run for run in runs if run["outcome"] in ("completed", "failed")]
-    completed = sum(run["outcome"] == "completed" for run in ended)
-    found = database.counts(db) | {"workers": len(live_workers(db))}
-    found["jobs_per_minute"] = round(completed * 60 / span, 2)
-    found["success_rate"] = round(completed / len(ended), 4) if ended else None
-    for key, begin, end in (
-        ("median_wait_s", "due_at", "started_at"),
-        ("median_run_s", "started_at", "finished_at"),
-    ):
-        spans = [max(0, run[end] - run[begin]) for run in ended]
-        found[key] = round(statistics.median(spans), 4) if spans else None
-    return found
+    return database.summary(db, time.time()) | {"workers": len(live_workers(db))}
 
 
 def print_status(found: dict[str, Any]) -> None:
@@ -963,4 +850,5 @@ if __name__ == "__main__":
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # no text is too foreign to be shown
-    main()
+    # All is written and closed; what the interpreter would tidy up takes longer than most commands.
+    os._exit(main())
