@@ -160,6 +160,8 @@ def check_setting(name: str, value: Any) -> float | str:
     if unknown:
         there_are = ", ".join(f"{{{word}}}" for word in PLACES)
         raise BadInput(f'"{name}" has {{{unknown[0]}}}; there are: {there_are}')
+    if quoted := re.search(r"""['"]\{\w+\}|(?<!\$)\{\w+\}['"]""", value):
+        raise BadInput(f'"{name}" has {quoted[0]}: leave the quotes away, each value is quoted')
     if name == "launcher" and value and "command" not in found:
         raise BadInput(f'"{name}" must have {{command}} in it, else nothing of the job would run')
     return value

@@ -99,6 +99,12 @@ def test_a_stop_line_needs_no_command_but_known_places(queue):
     assert '"launcher" must be text, not a number' in queue.run("config", "list", check=1).stderr
 
 
+@pytest.mark.parametrize("line", ["sh -c '{command}'", 'ssh far "{command}"', "x '{id}' {command}"])
+def test_a_line_with_quotes_around_a_place_is_refused_for_the_value_has_its_own(queue, line):
+    said = queue.run("config", "set", "launcher", line, check=2).stderr
+    assert "leave the quotes away" in said
+
+
 def test_a_line_is_stored_and_shown_as_it_is(queue):
     line = "x=${HOME} docker run --format '{{.Name}}' {a,b} { :; } sh -c {command}"
     queue.run("config", "set", "launcher", line, check=0)
