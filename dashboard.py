@@ -198,6 +198,8 @@ class Meter:
         """Count what has ended since the last time; at first, of the last RECENT_RUNS."""
         if self.last is None:
             self.open = {row["run"] for row in database.workers(db) if row["run"]}
+        else:  # the newest may have been pruned, or the file replaced: numbers begin again there
+            self.last = min(self.last, database.newest_run(db))
         last, self.last = self.last, self.last or 0
         for row in database.runs_after(db, last, self.open):
             self.last = max(self.last, row["id"])

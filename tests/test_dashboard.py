@@ -658,6 +658,9 @@ def test_metrics_count_on_and_each_run_once(window: Window) -> None:
     found = metrics(window)
     assert found["queuectl_jobs", "completed"] == 0, "a gauge follows"
     assert found["queuectl_runs_total", "completed"] == 3, "a counter never goes back"
+    add(window.queue, {"id": "c"})  # its run gets a number that was there before
+    eventually(lambda: window.queue.state("c") == "completed")
+    assert metrics(window)["queuectl_runs_total", "completed"] == 4
 
 
 def test_a_run_that_began_long_before_the_first_look_is_counted_when_it_ends(
