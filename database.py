@@ -539,7 +539,7 @@ def prune(
 ) -> Iterator[int]:
     """Remove settled jobs that finished before a time, with their history; yield counts.
 
-    Few at a time, so that no claim waits long; the caller drives it to the end, and rests between.
+    Few at a time, so that no claim waits long; the caller drives it to the end.
     """
     # A power cut may bring some back: that is no reason to wait for the disk each time.
     db.execute("PRAGMA synchronous = NORMAL")
@@ -743,7 +743,7 @@ def counts(db: sqlite3.Connection, seqs: Iterable[int] = ()) -> dict[str, int]:
     return {state: found.get(state, 0) for state in STATES} | {"total": sum(found.values())}
 
 
-def summary(db: sqlite3.Connection, now: float) -> dict[str, Any]:
+def summary(db: sqlite3.Connection, now: float, workers: int) -> dict[str, Any]:
     """Return the counts, and of the last hour: jobs a minute, success rate, median times."""
     import statistics
 
@@ -755,6 +755,7 @@ def summary(db: sqlite3.Connection, now: float) -> dict[str, Any]:
     waits = [max(0, run["started_at"] - run["due_at"]) for run in ended]
     spans = [max(0, run["finished_at"] - run["started_at"]) for run in ended]
     return counts(db) | {
+        "workers": workers,
         "jobs_per_minute": round(completed * 60 / span, 2),
         "success_rate": round(completed / len(ended), 4) if ended else None,
         "median_wait_s": round(statistics.median(waits), 4) if ended else None,
@@ -874,6 +875,10 @@ def runs_after(
         SELECT {columns} FROM runs WHERE id IN ({marks(listed)}) AND id <= {first}""",
         {"last": last} | numbered(listed),
     )
+
+
+def newest_run(db: sqlite3.Connection) -> int:
+    return db.execute("SELECT max(id) FROM runs").fetchone()[0] or 0
 
 
 def oldest_ready_at(db: sqlite3.Connection, now: float) -> float | None:

@@ -418,6 +418,8 @@ def list_workers(place: Place, as_json: bool) -> None:
 @click.pass_obj
 def status(place: Place, watch: bool, as_json: bool) -> None:
     """Show the counts by state, the workers and the last hour."""
+    if watch and as_json:
+        raise BadInput("--json prints one document; leave --watch away and call it again")
     while True:
         found = status_of(place.db)
         if watch and sys.stdout.isatty():
@@ -434,7 +436,7 @@ def status(place: Place, watch: bool, as_json: bool) -> None:
 def status_of(db: Any) -> dict[str, Any]:
     from worker import live_workers
 
-    return database.summary(db, time.time()) | {"workers": len(live_workers(db))}
+    return database.summary(db, time.time(), len(live_workers(db)))
 
 
 def print_status(found: dict[str, Any]) -> None:
@@ -639,7 +641,7 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
 @cli.command()
 @click.argument("ids", nargs=-1, required=True)
 @click.pass_obj
-def cancel(place: Place, ids: tuple[str, ...]) -> None:
+def cancel(place: Place, ids: tuple[str, ...]) -> int:
     """Cancel jobs: a waiting one at once, a running one with its whole process tree."""
     from worker import await_cancelled
 
@@ -657,7 +659,7 @@ def cancel(place: Place, ids: tuple[str, ...]) -> None:
     for row in [database.job(place.db, seq) for seq in running]:
         click.echo(clean(f"{row['id']} {row['state']}"))
         failed |= row["state"] != "cancelled"  # it ended first
-    raise SystemExit(int(failed))
+    return int(failed)
 
 
 @cli.group()
@@ -734,12 +736,17 @@ def prune(
     place: Place, older_than: float, states: tuple[str, ...], dry_run: bool, vacuum: bool
 ) -> None:
     """Remove settled jobs (dead ones only if --state names them) and their history."""
-    count, before, began = 0, time.time() - older_than, time.monotonic()
-    for removed in database.prune(place.db, states or ("completed", "cancelled"), before, dry_run):
+    from worker import open_turns, turn
+
+    turns, count, before = open_turns(place.path), 0, time.time() - older_than
+    steps = database.prune(place.db, states or ("completed", "cancelled"), before, dry_run)
+    while True:
+        with turn(turns):
+            removed = next(steps, None)
+        if removed is None:
+            break
         count += removed
-        if not dry_run:  # leave the lock to others for longer than it was held
-            time.sleep(min(0.1, 2 * (time.monotonic() - began)))
-        began = time.monotonic()
+        time.sleep(0 if dry_run else 0.001)  # it is the next one's turn then, not ours again
     if vacuum and not dry_run:
         database.vacuum(place.db)
     click.echo(f"{plural(count, 'job')} {'would be ' if dry_run else ''}removed")
@@ -767,7 +774,7 @@ def demo(names: tuple[str, ...], listed: bool, pause: bool) -> None:
 @cli.command()
 @json_option
 @click.pass_obj
-def doctor(place: Place, as_json: bool) -> None:
+def doctor(place: Place, as_json: bool) -> int:
     """Check the file and the queue's own invariants; exit 1 if one is broken.
 
     Below each stands what would break it.
@@ -783,7 +790,7 @@ def doctor(place: Place, as_json: bool) -> None:
             click.secho(
                 f"        {'perhaps' if problem else 'would be'} broken by {cause}", dim=True
             )
-    raise SystemExit(not ok)
+    return int(not ok)
 
 
 @cli.command()

@@ -139,6 +139,8 @@ class Supervisor:
             raise QueueError(self.fatal)
 
     def begin(self) -> None:
+        import ctypes  # noqa: F401  # what a worker needs, loaded once for all of them
+        import random  # noqa: F401
         import resource
 
         make_run_directory(self.path)
@@ -180,12 +182,10 @@ class Supervisor:
         return max(self.signals, self.asked)
 
     def sleep(self) -> None:
-        from multiprocessing.connection import wait
-
         # Those of the dead that are being settled stay ready: waiting on them would be spinning.
         ending = {each.worker["pid"] for each in self.endings.values()}
         sentinels = [child.sentinel for pid, child in self.children.items() if pid not in ending]
-        wait([*sentinels, self.wake], BUSY_TICK_S if self.busy or self.endings else IDLE_TICK_S)
+        readable([*sentinels, self.wake], BUSY_TICK_S if self.busy or self.endings else IDLE_TICK_S)
         drained(self.wake)
 
     def keep_count(self) -> None:
@@ -505,7 +505,7 @@ class Desk:
         self.say = lambda verb, text: say(name, os.getpid(), verb, text)
         self.paths = output_paths(path, name)
         self.outputs = [self.make(output) for output in self.paths]
-        self.folder = os.open(run_directory(path), os.O_RDONLY)
+        self.turns = open_turns(path)
         self.nothing = os.open(os.devnull, os.O_RDONLY)
         self.bell = open_bell(path, os.O_RDWR)  # for writing too: else it ends with each writer
 
@@ -526,16 +526,6 @@ class Desk:
                     continue
             if size:
                 os.ftruncate(handle, 0)
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Queue up for the write lock. For speed alone: SQLite itself looks for its lock again
-        after 1, 2, 5 ... ms; the kernel lets the next worker go on when the last one is through."""
-        fcntl.flock(self.folder, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(self.folder, fcntl.LOCK_UN)
 
     def claim(self) -> tuple[Run | None, float | None]:
         dress = partial(launched, self.settings)
@@ -601,21 +591,17 @@ def rest(desk: Desk, others: list[int], seen: int | None, next_at: float | None)
 
     Whether it has changed is asked once each poll interval; None: as if it had.
     """
-    import select
-
-    waiting = select.poll()
-    for handle in [*others, *([] if desk.bell is None else [desk.bell])]:
-        waiting.register(handle, select.POLLIN)
+    handles = [*others, *([] if desk.bell is None else [desk.bell])]
     span, ready = desk.settings["poll_interval_ms"] / 1000, []
     with suppress(database.SQLiteError):  # the next look meets the same, and says it
         while not ready and span > 0:
             has_children()  # what earlier jobs left on purpose (setsid) and has ended is forgotten
             if next_at is not None:
                 span = min(span, max(0.0, next_at - time.time()))
-            ready = waiting.poll(1000 * span)
+            ready = readable(handles, span)
             if seen is None or database.data_version(desk.db) != seen:
                 break
-    for handle, _ in ready:
+    for handle in ready:
         # Emptied before the next look, so that a ring during it is not lost; and emptied whole,
         # or what is left over from a busy hour would wake us again and again.
         drained(handle)
@@ -659,7 +645,7 @@ def hand_in(desk: Desk, run: Run, result: Result, wanted: Callable[[], bool]) ->
     kept = False
     while True:
         try:
-            with desk.turn(), database.transaction(desk.db):
+            with turn(desk.turns), database.transaction(desk.db):
                 told = record(desk.db, run, result, desk.settings)
                 # Not sooner: if we are killed, these are all that is left of the run. Not later:
                 # who reads the files of an open run must never see the output of another.
@@ -777,6 +763,29 @@ def make_run_directory(path: str) -> None:
     # There already; or there are no FIFOs here, and polling alone serves.
     with suppress(FileExistsError, PermissionError, AttributeError):
         os.mkfifo(os.path.join(folder, "bell"), 0o600)
+
+
+def open_turns(path: str) -> int | None:
+    """Open that on which writers queue up; None: no worker has been here."""
+    with suppress(OSError):
+        return os.open(run_directory(path), os.O_RDONLY | os.O_DIRECTORY)
+    return None
+
+
+@contextmanager
+def turn(turns: int | None) -> Iterator[None]:
+    """Wait, with others who do, for a turn at the write lock. For speed alone: who finds SQLite's
+    lock taken looks again after 1, 2, 5 ... ms, and may be unlucky each time; from here the kernel
+    sends the next one on as soon as the last one is through.
+    """
+    if turns is None:
+        yield
+        return
+    fcntl.flock(turns, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(turns, fcntl.LOCK_UN)
 
 
 def safe_open(path: str, flags: int) -> int:
@@ -1009,6 +1018,16 @@ def quiet_pipe() -> tuple[int, int]:
     for end in ends:
         os.set_blocking(end, False)
     return ends
+
+
+def readable(handles: Iterable[int], span_s: float) -> list[int]:
+    """Wait until some of these can be read, and return them; [] once the span is over."""
+    import select
+
+    waiting = select.poll()
+    for handle in handles:
+        waiting.register(handle, select.POLLIN)
+    return [handle for handle, _ in waiting.poll(1000 * span_s)]
 
 
 def drained(handle: int) -> None:

@@ -79,7 +79,7 @@ class Connection(sqlite3.Connection):
 connect = sqlite3.connect
 sqlite3.connect = lambda *given, **named: connect(*given, factory=Connection, **named)
 import queuectl
-queuectl.main()
+sys.exit(queuectl.main())
 """
 
 
@@ -205,7 +205,7 @@ class Bench:
     def output(self) -> None:
         """Jobs that print 1 KB each, which queuectl keeps and xargs writes into one file."""
         count, ours, theirs = self.size(10_000), [], []
-        for _ in self.rounds(3):
+        for _ in self.rounds(2):
             ours.append(count / self.drained(KILOBYTE, count)[1])
             if shutil.which("xargs"):
                 theirs.append(count / self.rival("xargs", KILOBYTE, count))

@@ -209,11 +209,10 @@ def call(queue: Queue, *words: str) -> tuple[int, str, str]:
     sys.argv = ["queuectl.py", "--db", queue.path, "--config", queue.config, *words]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            queuectl.main()  # what it does not catch would be a traceback, and fails here
-    except SystemExit as end:
-        return int(end.code or 0), out.getvalue(), err.getvalue()
+            code = queuectl.main()  # what it does not catch would be a traceback: it fails here
     finally:
         sys.argv = argv
+    return code, out.getvalue(), err.getvalue()
     raise AssertionError("main returns never")
 
 

@@ -24,7 +24,7 @@ PATCHED = """import os, signal, subprocess, sys
 sys.path.insert(0, {root!r})
 import database, queuectl, worker
 {patch}
-queuectl.main()
+sys.exit(queuectl.main())
 """
 
 

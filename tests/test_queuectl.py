@@ -344,12 +344,11 @@ def assert_refused(queue: Queue, code: int, said: str, *words: str) -> None:
         patch.setattr(os, "environ", queue.environment)
         patch.setattr(sys, "argv", ["queuectl.py", *words])
         patch.chdir(queue.folder)
-        with pytest.raises(SystemExit) as left:
-            queuectl.main()
+        left = queuectl.main()
     *usage, last = err.getvalue().splitlines()
     assert last.startswith("Error: ") and said in last, err.getvalue()
     assert not usage or usage[0].startswith("Usage: queuectl.py"), err.getvalue()
-    assert (left.value.code, out.getvalue()) == (code, "")
+    assert (left, out.getvalue()) == (code, "")
     assert snapshot(queue) == before
 
 
@@ -781,6 +780,10 @@ def test_wait_status_and_list_know_a_terminal(standing: Queue) -> None:
     assert next(line for line in lines if line.startswith("evil")).endswith("...")
     code, shown = on_terminal(standing, "show", "nope")
     assert (code, shown) == (1, 'Error: no job "nope"; `list` shows those that are there\r\n')
+
+
+def test_status_is_watched_by_people_not_by_programs(queue: Queue) -> None:
+    assert "one document" in queue.run("status", "--watch", "--json", check=2).stderr
 
 
 def test_the_workers_lines_are_coloured_on_a_terminal_only(queue: Queue) -> None:
