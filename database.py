@@ -24,7 +24,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -149,6 +149,7 @@ class Result(NamedTuple):
     stderr_bytes: int = 0
 
 
+turn: Callable[[], Any] = nullcontext  # how to queue up for the write lock: worker.turn
 show: Any = None  # --explain: a function of the face, given [(where and what, SQL, remark)]
 
 
@@ -222,14 +223,15 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
     if db.in_transaction:
         yield
         return
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:  # SQLite has rolled back by itself after a full disk, say
-            db.execute("ROLLBACK")
-        raise
+    with turn():
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:  # SQLite has rolled back by itself after a full disk, say
+                db.execute("ROLLBACK")
+            raise
 
 
 def is_damage(error: Exception) -> bool:
@@ -1005,7 +1007,7 @@ class Explained(sqlite3.Connection):
         answer = Rows(answer.fetchall()) if answer.description else answer
         took = (time.perf_counter() - began) * 1000
         frame = sys._getframe(2)
-        while re.match("<|transaction|inner|__", frame.f_code.co_name):
+        while re.match("<|transaction|__", frame.f_code.co_name):
             frame = frame.f_back
         function, text = frame.f_code.co_name, inlined(sql, values)
         verb = text.partition(" ")[0]

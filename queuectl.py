@@ -736,17 +736,15 @@ def prune(
     place: Place, older_than: float, states: tuple[str, ...], dry_run: bool, vacuum: bool
 ) -> None:
     """Remove settled jobs (dead ones only if --state names them) and their history."""
-    from worker import open_turns, turn
+    from worker import take_turns
 
-    turns, count, before = open_turns(place.path), 0, time.time() - older_than
-    steps = database.prune(place.db, states or ("completed", "cancelled"), before, dry_run)
-    while True:
-        with turn(turns):
-            removed = next(steps, None)
-        if removed is None:
-            break
+    take_turns(place.path)
+    count, before, began = 0, time.time() - older_than, time.monotonic()
+    for removed in database.prune(place.db, states or ("completed", "cancelled"), before, dry_run):
         count += removed
-        time.sleep(0 if dry_run else 0.001)  # it is the next one's turn then, not ours again
+        if not dry_run:  # leave the lock to others for as long as it was held
+            time.sleep(min(0.1, time.monotonic() - began))
+        began = time.monotonic()
     if vacuum and not dry_run:
         database.vacuum(place.db)
     click.echo(f"{plural(count, 'job')} {'would be ' if dry_run else ''}removed")

@@ -505,7 +505,6 @@ class Desk:
         self.say = lambda verb, text: say(name, os.getpid(), verb, text)
         self.paths = output_paths(path, name)
         self.outputs = [self.make(output) for output in self.paths]
-        self.turns = open_turns(path)
         self.nothing = os.open(os.devnull, os.O_RDONLY)
         self.bell = open_bell(path, os.O_RDWR)  # for writing too: else it ends with each writer
 
@@ -553,6 +552,7 @@ def work(supervisor: Supervisor) -> None:
     path, pid = supervisor.path, os.getpid()
     try:
         make_run_directory(path)  # again: somebody may have removed it meanwhile
+        take_turns(path)
         db = database.connect(path, durable=False)
         birth = process_birth(pid) or ""
         name = database.register_worker(db, supervisor.id, pid, birth, time.time())
@@ -645,7 +645,7 @@ def hand_in(desk: Desk, run: Run, result: Result, wanted: Callable[[], bool]) ->
     kept = False
     while True:
         try:
-            with turn(desk.turns), database.transaction(desk.db):
+            with database.transaction(desk.db):
                 told = record(desk.db, run, result, desk.settings)
                 # Not sooner: if we are killed, these are all that is left of the run. Not later:
                 # who reads the files of an open run must never see the output of another.
@@ -765,27 +765,25 @@ def make_run_directory(path: str) -> None:
         os.mkfifo(os.path.join(folder, "bell"), 0o600)
 
 
-def open_turns(path: str) -> int | None:
-    """Open that on which writers queue up; None: no worker has been here."""
-    with suppress(OSError):
-        return os.open(run_directory(path), os.O_RDONLY | os.O_DIRECTORY)
-    return None
+def take_turns(path: str) -> None:
+    """Let this process queue up for the write lock, with the others that do.
+
+    For speed alone: who finds SQLite's lock taken looks again after 1, 2, 5 ... ms, and may be
+    unlucky each time; here the kernel sends the next one on as soon as the last one is through.
+    Not for a supervisor: it must not wait for a stopped worker that it is to end.
+    """
+    with suppress(OSError):  # no run directory: then there are no workers either
+        folder = os.open(run_directory(path), os.O_RDONLY | os.O_DIRECTORY)
+        database.turn = partial(turn, folder)
 
 
 @contextmanager
-def turn(turns: int | None) -> Iterator[None]:
-    """Wait, with others who do, for a turn at the write lock. For speed alone: who finds SQLite's
-    lock taken looks again after 1, 2, 5 ... ms, and may be unlucky each time; from here the kernel
-    sends the next one on as soon as the last one is through.
-    """
-    if turns is None:
-        yield
-        return
-    fcntl.flock(turns, fcntl.LOCK_EX)
+def turn(folder: int) -> Iterator[None]:
+    fcntl.flock(folder, fcntl.LOCK_EX)
     try:
         yield
     finally:
-        fcntl.flock(turns, fcntl.LOCK_UN)
+        fcntl.flock(folder, fcntl.LOCK_UN)
 
 
 def safe_open(path: str, flags: int) -> int:
