@@ -432,8 +432,8 @@ def finish(
     """
     state, attempts, run_at = verdict(run, result, now, max_backoff_s, jitter)
     due = int(run_at <= now) if state in ("failed", "pending") else None
-    new = dict(state=state, attempts=attempts, run_at=run_at, due=due, now=now, run=run.id)
-    new |= dict(seq=run.seq, worker=run.worker, attempt=run.attempt, **result._asdict())
+    new = {**run._asdict(), **result._asdict(), "state": state, "attempts": attempts}
+    new |= {"run_at": run_at, "due": due, "now": now}
     with transaction(db):
         owned = db.execute(
             """
@@ -452,7 +452,7 @@ def finish(
             SET finished_at = :now, outcome = :outcome, exit_code = :exit_code, error = :error,
                 stdout = :stdout, stderr = :stderr,
                 stdout_bytes = :stdout_bytes, stderr_bytes = :stderr_bytes
-            WHERE id = :run AND finished_at IS NULL""",
+            WHERE id = :id AND finished_at IS NULL""",
             new,
         )
         db.execute("UPDATE workers SET jobs_done = jobs_done + 1 WHERE id = ?", (run.worker[1:],))

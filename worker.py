@@ -540,6 +540,41 @@ def work(supervisor: Supervisor) -> None:
     """The life of one worker process: claim, run, record, until told to leave."""
     os.setsid()  # no terminal either: Ctrl+C reaches the supervisor alone
     leave: list[int] = []
+    wake = await_signals(leave)
+    adopt_orphans()
+    os.close(supervisor.lifeline_write)
+    desk = take_a_desk(supervisor)
+
+    def wanted() -> bool:
+        return not leave and os.getppid() == supervisor.pid
+
+    run = seen = None
+    while run or wanted():
+        if run:
+            run = hand_in(desk, run, run_one(desk, run), wanted)
+            continue
+        next_at = None
+        try:
+            run, next_at = desk.claim()
+            if run:
+                if next_at and next_at <= time.time():
+                    desk.ring()  # we took all rings: two jobs that came at once need two workers
+                continue
+            if supervisor.drain and database.settled(desk.db):
+                return
+            seen, before = database.data_version(desk.db), seen
+            if seen != before:
+                continue  # perhaps since we looked: look again
+        except database.SQLiteError as error:
+            seen = None  # nor must we wait for a change
+            desk.say("trouble", database.error_text(error, desk.path))
+            if database.is_damage(error):
+                raise SystemExit(DAMAGED) from None
+        rest(desk, [wake, supervisor.lifeline], seen, next_at)
+
+
+def await_signals(leave: list[int]) -> int:
+    """Let SIGTERM fill `leave`; return what can be read once a signal has come."""
     wake, wake_write = quiet_pipe()
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: leave.append(1))
@@ -547,8 +582,11 @@ def work(supervisor: Supervisor) -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # handled: ignored, it would be so in jobs
             signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    adopt_orphans()
-    os.close(supervisor.lifeline_write)
+    return wake
+
+
+def take_a_desk(supervisor: Supervisor) -> Desk:
+    """Register this process as a worker; exit 1 if that cannot be done now."""
     path, pid = supervisor.path, os.getpid()
     try:
         make_run_directory(path)  # again: somebody may have removed it meanwhile
@@ -556,34 +594,10 @@ def work(supervisor: Supervisor) -> None:
         db = database.connect(path, durable=False)
         birth = process_birth(pid) or ""
         name = database.register_worker(db, supervisor.id, pid, birth, time.time())
-        desk = Desk(db, path, name, supervisor.settings, supervisor.say)
+        return Desk(db, path, name, supervisor.settings, supervisor.say)
     except (OSError, QueueError, database.SQLiteError) as error:
         supervisor.say("worker", pid, "trouble", database.error_text(error, path))
         raise SystemExit(1) from None
-
-    def wanted() -> bool:
-        return not leave and os.getppid() == supervisor.pid
-
-    run = None
-    while run or wanted():
-        if run:
-            run = hand_in(desk, run, run_one(desk, run), wanted)
-            continue
-        seen = next_at = None
-        try:
-            seen = database.data_version(db)  # before the look: what comes during it is no old news
-            run, next_at = desk.claim()
-            if run and next_at and next_at <= time.time():
-                desk.ring()  # we took all rings: two jobs that came at once need two workers
-            if run is None and supervisor.drain and database.settled(db):
-                return
-        except database.SQLiteError as error:
-            seen = None  # look again soon, changed or not
-            desk.say("trouble", database.error_text(error, path))
-            if database.is_damage(error):
-                raise SystemExit(DAMAGED) from None
-        if run is None:
-            rest(desk, [wake, supervisor.lifeline], seen, next_at)
 
 
 def rest(desk: Desk, others: list[int], seen: int | None, next_at: float | None) -> None:
