@@ -68,6 +68,7 @@ ID_LIMIT = 128
 
 # {id} in a launcher, but not what a shell reads: ${id}, {a,b}, { print; }, {{.ID}}.
 PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)\}")
+QUOTED = re.compile(r"""\\.|'[^']*'?|"(?:\\.|[^"\\])*"?""", re.S)  # as a shell sees a line
 PLACES = ("command", "id", "attempt", "cwd")
 
 
@@ -160,8 +161,10 @@ def check_setting(name: str, value: Any) -> float | str:
     if unknown:
         there_are = ", ".join(f"{{{word}}}" for word in PLACES)
         raise BadInput(f'"{name}" has {{{unknown[0]}}}; there are: {there_are}')
-    if quoted := re.search(r"""['"]\{\w+\}|(?<!\$)\{\w+\}['"]""", value):
-        raise BadInput(f'"{name}" has {quoted[0]}: leave the quotes away, each value is quoted')
+    for text in QUOTED.findall(value):
+        if text[0] != "\\" and "$(" not in text and (place := PLACEHOLDER.search(text)):
+            told = "is inside of quotes: each value gets its own; pass it on as an argument"
+            raise BadInput(f"\"{name}\": {place[0]} {told} (sh -c '...' sh {place[0]})")
     if name == "launcher" and value and "command" not in found:
         raise BadInput(f'"{name}" must have {{command}} in it, else nothing of the job would run')
     return value

@@ -99,10 +99,26 @@ def test_a_stop_line_needs_no_command_but_known_places(queue):
     assert '"launcher" must be text, not a number' in queue.run("config", "list", check=1).stderr
 
 
-@pytest.mark.parametrize("line", ["sh -c '{command}'", 'ssh far "{command}"', "x '{id}' {command}"])
-def test_a_line_with_quotes_around_a_place_is_refused_for_the_value_has_its_own(queue, line):
+@pytest.mark.parametrize(
+    "line", ["sh -c '{command}'", "sh -c 'cd {cwd} && {command}'", 'ssh far "x {command}"']
+)
+def test_a_place_inside_of_quotes_is_refused_for_the_value_has_its_own(queue, line):
     said = queue.run("config", "set", "launcher", line, check=2).stderr
-    assert "leave the quotes away" in said
+    assert "is inside of quotes" in said
+    queue.configure(launcher=line)
+    assert "is inside of quotes" in queue.run("config", "list", check=1).stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        """--x="$HOME/logs/"{id} sh -c {command}''""",
+        """env A='x y'{id} sh -c {command}""",
+        r"""echo \"{id} "$(echo {id})"; sh -c {command}""",
+    ],
+)
+def test_quotes_beside_a_place_are_a_shells_own(queue, line):
+    queue.run("config", "set", "launcher", line, check=0)
 
 
 def test_a_line_is_stored_and_shown_as_it_is(queue):
