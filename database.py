@@ -156,8 +156,12 @@ show: Any = None  # --explain: a function of the face, given [(where and what, S
 # --- the file --------------------------------------------------------------------------------
 
 
-def connect(path: str, durable: bool = True) -> sqlite3.Connection:
+def connect(
+    path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S
+) -> sqlite3.Connection:
     """Open the queue, made or migrated if need be. Raises QueueError if it is none of ours.
+
+    Who finds it locked waits for `patience_s`.
 
     A durable connection syncs each commit, so that an id that was printed survives a power cut.
     Workers' are not: a power cut may undo their last results, and those jobs run again.
@@ -174,7 +178,7 @@ def connect(path: str, durable: bool = True) -> sqlite3.Connection:
     # Absolute, for to SQLite some names are no files (:memory:).
     kind = {"factory": Explained} if show else {}
     place = os.path.abspath(path)
-    db = sqlite3.connect(place, timeout=BUSY_TIMEOUT_S, isolation_level=None, **kind)
+    db = sqlite3.connect(place, timeout=patience_s, isolation_level=None, **kind)
     try:
         db.row_factory = sqlite3.Row
         db.text_factory = lambda data: data.decode(errors="replace")  # bytes may have been flipped
@@ -223,15 +227,19 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
     if db.in_transaction:
         yield
         return
-    with turn():
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:  # SQLite has rolled back by itself after a full disk, say
-                db.execute("ROLLBACK")
-            raise
+    asked = time.perf_counter()  # noqa: F841  # --explain reads it
+    try:
+        with turn():
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:  # SQLite has rolled back by itself after a full disk, say
+                    db.execute("ROLLBACK")
+                raise
+    finally:
+        show_all()
 
 
 def is_damage(error: Exception) -> bool:
@@ -248,7 +256,7 @@ def error_text(error: Exception, path: str) -> str:
         ("readonly", "is read-only: nothing was changed; make it writable for this user"),
         ("I/O", "cannot be read or written (disk I/O error); is the disk full, or broken?"),
         ("unable to open", "cannot be opened; is its directory there and writable?"),
-        ("is locked", f"was locked by another process for {BUSY_TIMEOUT_S} s; try again"),
+        ("is locked", "was locked by another process for too long; try again"),
         ("", f"SQLite says: {error}; `doctor` tells more"),
     ):
         if sign in str(error):
@@ -879,8 +887,10 @@ def runs_after(
     )
 
 
-def newest_run(db: sqlite3.Connection) -> int:
-    return db.execute("SELECT max(id) FROM runs").fetchone()[0] or 0
+def newest_run(db: sqlite3.Connection, began_by: float) -> int:
+    """Return the number of the newest run that had begun by then, or 0."""
+    newest = "SELECT id FROM runs WHERE started_at <= ? ORDER BY id DESC LIMIT 1"
+    return (db.execute(newest, (began_by,)).fetchone() or [0])[0]
 
 
 def oldest_ready_at(db: sqlite3.Connection, now: float) -> float | None:
@@ -978,7 +988,7 @@ REMARKS = {
     ("take_in", "COMMIT", None): "now it is safe, and its id may be printed",
 }
 LAST_FOUND: dict[str, str] = {}  # by the text of a SELECT
-UNSHOWN: list[tuple[str, str, str]] = []  # of the open transaction: nobody waits for a reader
+UNSHOWN: list[tuple[str, str, str]] = []  # told, but not yet shown
 
 
 class Rows(list):
@@ -1001,12 +1011,14 @@ class Explained(sqlite3.Connection):
         return self.told(super().executemany, sql, values)
 
     def told(self, run: Callable[[str, Any], Any], sql: str, values: Any) -> Any:
-        """Execute one statement, and show it with what it did and cost."""
-        inside, began = self.in_transaction, time.perf_counter()
+        """Execute one statement, and tell it with what it did and cost."""
+        inside, caller = self.in_transaction, sys._getframe(2)
+        # A BEGIN has waited since its transaction was asked for, first for our turn.
+        began = caller.f_locals.get("asked", 0) if "BEGIN I" in sql else time.perf_counter()
         answer = run(sql, values)
         answer = Rows(answer.fetchall()) if answer.description else answer
         took = (time.perf_counter() - began) * 1000
-        frame = sys._getframe(2)
+        frame = caller
         while re.match("<|transaction|__", frame.f_code.co_name):
             frame = frame.f_back
         function, text = frame.f_code.co_name, inlined(sql, values)
@@ -1022,14 +1034,20 @@ class Explained(sqlite3.Connection):
         remark = REMARKS.get((function, verb, changed), "")
         if verb == "BEGIN" and took > 1:
             remark = f"waited {took:.1f} ms for another writer's lock"
-        ends = verb in ("COMMIT", "ROLLBACK")
         place = f"pid {os.getpid():<7}  {f'{function}:{frame.f_lineno}':<20}"
-        head = f"{place} {took:8.2f} ms  {effect:<14}  " + "  " * (inside and not ends)
-        UNSHOWN.append((head, text, remark))
-        if ends or (not inside and verb != "BEGIN"):
-            show(UNSHOWN)
-            UNSHOWN.clear()
+        within = inside and verb not in ("COMMIT", "ROLLBACK")
+        UNSHOWN.append((f"{place} {took:8.2f} ms  {effect:<14}  " + "  " * within, text, remark))
+        if not self.in_transaction and caller.f_code is not transaction.__wrapped__.__code__:
+            show_all()
         return answer
+
+
+def show_all() -> None:
+    """Show what has been told, unless --explain is off. `transaction` does so when it is over:
+    while the lock is held nobody waits for a reader."""
+    if UNSHOWN:
+        show(UNSHOWN)
+        UNSHOWN.clear()
 
 
 def inlined(sql: str, values: Any) -> str:

@@ -217,7 +217,11 @@ class Supervisor:
         if inode != self.inode:
             self.hang_up()
         if self.db is None:
-            self.db, self.inode = database.connect(self.path, durable=False), inode
+            patience_s = database.BUSY_TIMEOUT_S
+            if self.count:  # for who has the lock may be a stopped worker, which we are to end
+                patience_s = min(patience_s, self.settings["lock_timeout_s"])
+            self.db = database.connect(self.path, durable=False, patience_s=patience_s)
+            self.inode = inode
         return self.db
 
     def hang_up(self) -> None:
@@ -253,12 +257,21 @@ class Supervisor:
                 self.say("supervisor", self.pid, "trouble", text)
             if database.is_damage(error):
                 self.asked, self.fatal = max(self.asked, 1), text
+            self.end_stopped(time.monotonic())
             if self.stopping:
                 for pid in list(self.children):
                     if self.stopping > 1:  # nothing can be recorded, but it can be ended
                         push(session_members(pid), set(), hard=True)
                     self.reap(pid)  # what it held waits in the database for the next supervisor
             time.sleep(IDLE_TICK_S)
+
+    def end_stopped(self, mono: float) -> None:
+        """End our workers that are stopped (SIGSTOP): one of them may hold the lock that we need to
+        judge it."""
+        for pid, child in self.children.items():
+            if child.exitcode is None:
+                if self.stopped_for(pid, mono) > self.settings["lock_timeout_s"]:
+                    send(pid, signal.SIGKILL)
 
     def tick(self, db: Any, now: float, mono: float) -> None:
         if mono >= self.beat_at:
@@ -425,32 +438,43 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
     Raises QueueError if some are still there after `timeout_s`. Workers whose supervisor was
     killed leave by themselves; what they held is settled here.
     """
-    settler = Supervisor(path, settings, say)
-    asked = database.ask_to_stop(settler.queue(), 2 if now else 1)
-    count = len(live_workers(settler.queue()))
-    deadline = time.monotonic() + timeout_s if timeout_s is not None else None
-    while True:
-        settler.look()
-        db = settler.queue()
-        left = [row for row in database.supervisors(db) if row["id"] in asked]
-        left += [row for row in database.workers(db) if row["supervisor"] in asked]
-        left = [row["pid"] for row in left if is_here(row)]
-        if not left:
-            return count
-        if deadline is not None and time.monotonic() >= deadline:
-            pids, after = ", ".join(map(str, left)), duration_text(timeout_s)
-            raise QueueError(f"still there after {after}: pid {pids}; --now does not wait for jobs")
-        time.sleep(0.05)
+    with settling(path, settings, say) as settler:
+        asked = database.ask_to_stop(settler.queue(), 2 if now else 1)
+        count = len(live_workers(settler.queue()))
+        deadline = time.monotonic() + timeout_s if timeout_s is not None else None
+        while True:
+            settler.look()
+            db = settler.queue()
+            left = [row for row in database.supervisors(db) if row["id"] in asked]
+            left += [row for row in database.workers(db) if row["supervisor"] in asked]
+            left = [row["pid"] for row in left if is_here(row)]
+            if not left:
+                return count
+            if deadline is not None and time.monotonic() >= deadline:
+                pids, after = ", ".join(map(str, left)), duration_text(timeout_s)
+                told = f"still there after {after}: pid {pids}; --now does not wait for jobs"
+                raise QueueError(told)
+            time.sleep(0.05)
 
 
 def await_cancelled(path: str, settings: Settings, say: Say, seqs: list[int]) -> None:
     """Wait until jobs asked to end have ended; those without a supervisor are ended here."""
+    with settling(path, settings, say) as settler:
+        while True:
+            settler.look()
+            if all(database.job(settler.queue(), seq)["state"] != "processing" for seq in seqs):
+                return
+            time.sleep(0.05)
+
+
+@contextmanager
+def settling(path: str, settings: Settings, say: Say) -> Iterator[Supervisor]:
+    """A supervisor without workers, which settles what others have lost."""
     settler = Supervisor(path, settings, say)
-    while True:
-        settler.look()
-        if all(database.job(settler.queue(), seq)["state"] != "processing" for seq in seqs):
-            return
-        time.sleep(0.05)
+    try:
+        yield settler
+    finally:
+        settler.hang_up()
 
 
 def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
@@ -606,13 +630,14 @@ def rest(desk: Desk, others: list[int], seen: int | None, next_at: float | None)
     Whether it has changed is asked once each poll interval; None: as if it had.
     """
     handles = [*others, *([] if desk.bell is None else [desk.bell])]
-    span, ready = desk.settings["poll_interval_ms"] / 1000, []
+    nap, ready = 1.0, []
     with suppress(database.SQLiteError):  # the next look meets the same, and says it
-        while not ready and span > 0:
+        while not ready and nap > 0:
             has_children()  # what earlier jobs left on purpose (setsid) and has ended is forgotten
+            nap = desk.settings["poll_interval_ms"] / 1000
             if next_at is not None:
-                span = min(span, max(0.0, next_at - time.time()))
-            ready = readable(handles, span)
+                nap = min(nap, max(0.0, next_at - time.time()))
+            ready = readable(handles, nap)
             if seen is None or database.data_version(desk.db) != seen:
                 break
     for handle in ready:

@@ -209,6 +209,45 @@ database.claim = claim"""
     eventually(lambda: queue.states()["completed"], "it has run, and not waited for a poll", 20)
 
 
+def test_a_job_comes_between_a_workers_look_and_its_sleep_and_no_ring_is_heard(
+    queue: Queue,
+) -> None:
+    """Then the worker sleeps until the queue changes: since that look, not since a later one."""
+    queue.configure(poll_interval_ms=50)
+    patch = """
+import config, time
+real = database.claim
+def claim(db, *arguments):
+    found = real(db, *arguments)
+    if not os.path.exists("come"):
+        open("come", "x").close()
+        other = database.connect(os.environ["QUEUECTL_DB"])
+        job, _ = config.check_job({"command": "true"}, config.load(""), "/")
+        database.enqueue(other, [(0, job)], time.time())
+        other.close()
+    return found
+database.claim = claim"""
+    start_patched(queue, patch)
+    eventually(lambda: queue.states()["completed"], "it has run", 20)
+
+
+def test_a_worker_is_stopped_with_the_lock_in_its_hands_and_the_others_go_on(queue: Queue) -> None:
+    queue.configure(lock_timeout_s=2, backoff_base=0)
+    enqueue(queue, "a", "true")
+    patch = """
+real = database.finish
+def finish(*arguments):
+    found = real(*arguments)
+    if not os.path.exists("stopped"):
+        open("stopped", "x").close()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return found
+database.finish = finish"""
+    start_patched(queue, patch)
+    eventually(lambda: queue.states()["completed"], "it has run again", 30)
+    assert queue.json("show", "a")["runs"][0]["error"].startswith("worker lost")
+
+
 def test_a_runs_output_is_there_until_its_result_is(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
