@@ -190,6 +190,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.lock, self.last, self.open = threading.Lock(), None, set()  # open: seen, not their end
+        self.began = 0.0  # when the newest of those seen did
         self.ended: Counter[str] = Counter()  # by outcome
         self.sums = {"run": 0.0, "wait": 0.0}
         self.buckets = {name: [0] * (len(BUCKETS) + 1) for name in self.sums}
@@ -198,11 +199,12 @@ class Meter:
         """Count what has ended since the last time; at first, of the last RECENT_RUNS."""
         if self.last is None:
             self.open = {row["run"] for row in database.workers(db) if row["run"]}
-        else:  # the newest may have been pruned, or the file replaced: numbers begin again there
-            self.last = min(self.last, database.newest_run(db))
+        else:  # numbers are given again when the newest were pruned, or the file replaced
+            self.last = min(self.last, database.newest_run(db, self.began))
         last, self.last = self.last, self.last or 0
         for row in database.runs_after(db, last, self.open):
             self.last = max(self.last, row["id"])
+            self.began = max(self.began, row["started_at"])
             if row["finished_at"] is None:
                 self.open.add(row["id"])
                 continue

@@ -661,6 +661,10 @@ def test_metrics_count_on_and_each_run_once(window: Window) -> None:
     add(window.queue, {"id": "c"})  # its run gets a number that was there before
     eventually(lambda: window.queue.state("c") == "completed")
     assert metrics(window)["queuectl_runs_total", "completed"] == 4
+    change(window.queue, lambda db: list(database.prune(db, ["completed"], time.time() + 9)))
+    add(window.queue, {}, {}, {})  # as many as there had been, and none of them looked at
+    eventually(lambda: change(window.queue, database.counts)["completed"] == 3)
+    assert metrics(window)["queuectl_runs_total", "completed"] == 7
 
 
 def test_a_run_that_began_long_before_the_first_look_is_counted_when_it_ends(
