@@ -742,8 +742,8 @@ def prune(
     count, before, began = 0, time.time() - older_than, time.monotonic()
     for removed in database.prune(place.db, states or ("completed", "cancelled"), before, dry_run):
         count += removed
-        if not dry_run:  # leave the lock to others for as long as it was held
-            time.sleep(min(0.1, time.monotonic() - began))
+        if not dry_run:  # who is not in the workers' queue needs a moment with the lock free
+            time.sleep(min(0.1, (time.monotonic() - began) / 2))
         began = time.monotonic()
     if vacuum and not dry_run:
         database.vacuum(place.db)
