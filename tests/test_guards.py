@@ -228,7 +228,9 @@ def claim(db, *arguments):
     return found
 database.claim = claim"""
     start_patched(queue, patch)
-    eventually(lambda: queue.states()["completed"], "it has run", 20)
+    eventually(lambda: (queue.folder / "come").exists(), "it has come", 20)
+    # The next heartbeat, five seconds after the first, would be a change, too.
+    eventually(lambda: queue.states()["completed"], "it has run", 4)
 
 
 def test_a_worker_is_stopped_with_the_lock_in_its_hands_and_the_others_go_on(queue: Queue) -> None:
