@@ -594,7 +594,7 @@ def work(supervisor: Supervisor) -> None:
             desk.say("trouble", database.error_text(error, desk.path))
             if database.is_damage(error):
                 raise SystemExit(DAMAGED) from None
-        rest(desk, [wake, supervisor.lifeline], seen, next_at)
+        seen = rest(desk, [wake, supervisor.lifeline], seen, next_at)
 
 
 def await_signals(leave: list[int]) -> int:
@@ -624,26 +624,28 @@ def take_a_desk(supervisor: Supervisor) -> Desk:
         raise SystemExit(1) from None
 
 
-def rest(desk: Desk, others: list[int], seen: int | None, next_at: float | None) -> None:
+def rest(desk: Desk, others: list[int], seen: int | None, next_at: float | None) -> int | None:
     """Sleep until the bell, a signal, the next job's time, or a change of the queue since `seen`.
 
-    Whether it has changed is asked once each poll interval; None: as if it had.
+    Whether it has changed is asked once each poll interval; None: as if it had. Returns what is
+    seen of it now.
     """
+    has_children()  # what earlier jobs left on purpose (setsid) and has ended is forgotten
     handles = [*others, *([] if desk.bell is None else [desk.bell])]
-    nap, ready = 1.0, []
+    nap, ready, changed = 1.0, [], False
     with suppress(database.SQLiteError):  # the next look meets the same, and says it
-        while not ready and nap > 0:
-            has_children()  # what earlier jobs left on purpose (setsid) and has ended is forgotten
+        while not ready and nap > 0 and not changed:
             nap = desk.settings["poll_interval_ms"] / 1000
             if next_at is not None:
                 nap = min(nap, max(0.0, next_at - time.time()))
             ready = readable(handles, nap)
-            if seen is None or database.data_version(desk.db) != seen:
-                break
+            seen, before = database.data_version(desk.db), seen
+            changed = seen != before
     for handle in ready:
         # Emptied before the next look, so that a ring during it is not lost; and emptied whole,
         # or what is left over from a busy hour would wake us again and again.
         drained(handle)
+    return seen
 
 
 def launched(settings: Settings, run: Run) -> Run:
