@@ -439,8 +439,8 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
     killed leave by themselves; what they held is settled here.
     """
     with settling(path, settings, say) as settler:
+        count = len(live_workers(settler.queue()))  # before any of them can have heard it
         asked = database.ask_to_stop(settler.queue(), 2 if now else 1)
-        count = len(live_workers(settler.queue()))
         deadline = time.monotonic() + timeout_s if timeout_s is not None else None
         while True:
             settler.look()

@@ -804,7 +804,7 @@ def bars(page: Any, kind: str) -> list[dict[str, float]]:
 def test_counts_change_live_while_workers_run(window: Window, tab: Callable) -> None:
     page = tab()
     assert "token" not in page.url, "the secret leaves the address bar"
-    assert page.is_visible("text=The queue is empty")
+    eventually(lambda: page.is_visible("text=The queue is empty"))
     window.queue.run("enqueue", "--command", "exit 1", "--max-retries", "0", check=0)
     add(window.queue, *({"command": "sleep 0.05"} for _ in range(20)))
     eventually(lambda: count_of(page, "pending") == 21)
