@@ -161,7 +161,7 @@ def connect(
 ) -> sqlite3.Connection:
     """Open the queue, made or migrated if need be. Raises QueueError if it is none of ours.
 
-    Who finds it locked waits for `patience_s`.
+    Whoever finds it locked waits for at most `patience_s`.
 
     A durable connection syncs each commit, so that an id that was printed survives a power cut.
     Workers' are not: a power cut may undo their last results, and those jobs run again.
@@ -750,7 +750,8 @@ def counts(db: sqlite3.Connection, seqs: Iterable[int] = ()) -> dict[str, int]:
         states = [job(db, seq)["state"] for seq in seqs]
         return {state: states.count(state) for state in STATES} | {"total": len(states)}
     # A state is counted entry by entry, all jobs together by the page: so the state that grows
-    # for ever is what the others leave, and a million completed jobs do not slow us.
+    # for ever is what the others leave, and a million completed jobs do not slow us. (A state that
+    # is none of the six would be counted there; `doctor` finds it.)
     others = [state for state in STATES if state != "completed"]
     each = ", ".join(f"(SELECT count(*) FROM jobs WHERE state = '{state}')" for state in others)
     total, *found = db.execute(f"SELECT (SELECT count(*) FROM jobs), {each}").fetchone()

@@ -5,7 +5,7 @@
 Each row has a figure of queuectl, one of a rival, an ideal or a target, their ratio, and what the
 ratio should be. Figures are medians, with the lowest and highest in brackets; ratios are medians of
 the rounds' ratios. Rivals (xargs, parallel, tsp, nq) are used if they are here: apt-get install
-findutils parallel task-spooler nq. It takes under three minutes where nothing else runs.
+findutils parallel task-spooler nq. It takes about five minutes on two shared cores.
 """
 
 from __future__ import annotations
