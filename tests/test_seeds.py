@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import ROOT, Queue, eventually
+from conftest import BEFORE, ROOT, Queue, eventually, stamp
 
 PROGRAM = re.compile(r"(?:queuectl|python3? queuectl\.py|node index\.js)(?= )")
 DATABASE = re.compile(r"python3? database\.py$")
@@ -164,7 +164,7 @@ def make(copies: dict[str, Path], tmp_path: Path) -> Iterator[Callable[[str], Ch
         if checkout.supervisors:
             checkout.assert_clean()
     assert (ROOT / "config.json").read_bytes() == before
-    assert not (ROOT / "queue.db").exists()
+    assert stamp(ROOT / "queue.db") == BEFORE
 
 
 @pytest.mark.parametrize("row", table(), ids=lambda row: f"{row.seed[:3]}: {row.printed:.70}")
