@@ -19,4 +19,4 @@ def test_killed_anywhere_it_comes_to_a_correct_end(part: str, tmp_path: Path) ->
     total, wrong = crashpoints.sample(part, tmp_path, 6, SEED)
     assert not wrong, "\n".join(wrong)
     print(f"{part}: {total} points")
-    assert total >= 50, "then the hook sees nothing"
+    assert total >= 20, "then the hook sees nothing"
