@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# Nothing may be left in the checkout, by these processes and by those they start.
+# Nothing may be left in the checkout, by these processes and by those they start. What those
+# compile is kept for the next ones: the first process here makes the directory and removes it.
 sys.dont_write_bytecode = True
-os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+COMPILED = "PYTHONPYCACHEPREFIX"
+OURS = COMPILED not in os.environ
+if OURS:
+    os.environ[COMPILED] = tempfile.mkdtemp(prefix="queuectl-compiled-")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from hypothesis import configuration, settings  # noqa: E402
 
@@ -32,6 +38,11 @@ settings.register_profile("here", database=None, deadline=None)
 settings.load_profile("here")
 
 DEADLINE_S = 30.0  # generous: machines are shared; a test that passes never waits for it
+
+
+def pytest_unconfigure() -> None:
+    if OURS:
+        shutil.rmtree(os.environ.pop(COMPILED), ignore_errors=True)
 
 
 def pytest_runtest_logreport(report: Any) -> None:

@@ -194,7 +194,6 @@ class Trial:
             **{k: v for k, v in os.environ.items() if not k.startswith(("QUEUECTL_", "CRASH_"))},
             "QUEUECTL_DB": self.path,
             "QUEUECTL_CONFIG": str(folder / "config.json"),
-            "PYTHONDONTWRITEBYTECODE": "1",
         }
 
     def start(self, *words: str, victim: bool = False) -> subprocess.Popen:

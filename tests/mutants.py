@@ -66,7 +66,7 @@ def run_tests(copy: Path, tests: Iterable[str]) -> tuple[int, str]:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env=kept | {MARK: mark, "PYTHONDONTWRITEBYTECODE": "1"},
+            env=kept | {MARK: mark},
             cwd=copy,
             start_new_session=True,
         )
