@@ -60,7 +60,6 @@ class Hands(NamedTuple):
 
     live_workers: Callable[[Any], list[Any]]  # (db): rows of database.workers
     live_output: Callable[[str, str], tuple[int, bytes]]  # (worker, "stdout"): bytes cut, bytes
-    ring: Callable[[int], None]  # wakes so many workers
     end_cancelled: Callable[[list[int]], None]  # (seqs): returns when those jobs have ended
     status_of: Callable[[Any], dict[str, Any]]  # (db): what `status --json` prints
 
@@ -511,7 +510,7 @@ class Handler(BaseHTTPRequestHandler):
         with opened(self.server.path) as db:
             seqs = None if self.body.get("all") is True else [self.named(db)]
             count = database.retry_dead(db, seqs, time.time())
-        self.server.hands.ring(count)
+        database.ring(self.server.path, count)
         self.send_json({"retried": count})
 
     def cancel(self) -> None:

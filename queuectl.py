@@ -275,8 +275,8 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
     ignored: set[str] = set()
     jobs = config.check_jobs(entries, place.settings, current_directory(), ignored)
     database.gather(place.db, jobs)
-    first, last = database.take_in(place.db, time.time())  # now, when all has come in
-    ring(place, last - first + 1)
+    first, last = database.enqueue(place.db, time.time())  # now, when all has come in
+    database.ring(place.path, last - first + 1)
     if ignored:
         click.echo(f"ignored, set by the queue: {', '.join(sorted(ignored))}", err=True)
     if as_json and file is not None:
@@ -329,12 +329,6 @@ def file_lines(path: str) -> Iterator[str]:
         raise BadInput(f"line {line}: not UTF-8: {error.reason}") from None
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from None
-
-
-def ring(place: Place, times: int) -> None:
-    from worker import ring
-
-    ring(place.path, times)
 
 
 @cli.group()
@@ -686,7 +680,7 @@ def dlq_retry(place: Place, ids: tuple[str, ...], all_dead: bool) -> None:
         raise BadInput("give the IDs of dead jobs, or --all")
     seqs = None if all_dead else list(dict.fromkeys(database.find(place.db, id) for id in ids))
     count = database.retry_dead(place.db, seqs, time.time())
-    ring(place, count)
+    database.ring(place.path, count)
     click.echo(f"{plural(count, 'job')} pending again")
 
 
@@ -840,10 +834,9 @@ def dashboard_needs(place: Place) -> tuple[str, Any]:
     except OSError as error:
         raise database.QueueError(f"{error.filename}: {error.strerror}") from None
     limit = int(settings["output_limit_bytes"])
-    return hands.run_directory(path), Hands(
+    return database.run_directory(path), Hands(
         hands.live_workers,
         lambda worker, name: hands.live_output(path, worker, name, 0, limit),
-        lambda count: hands.ring(path, count),
         lambda seqs: hands.await_cancelled(path, settings, print_remark, seqs),
         status_of,
     )

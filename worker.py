@@ -485,9 +485,9 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
     import subprocess
 
     make_run_directory(path)
-    log = os.path.join(run_directory(path), "workers.log")
+    log = os.path.join(database.run_directory(path), "workers.log")
     try:
-        handle = safe_open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        handle = database.safe_open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     except OSError as error:
         raise QueueError(f"{log}: {error.strerror}; remove it") from None
     with os.fdopen(handle, "r+b", 0) as file:
@@ -530,12 +530,14 @@ class Desk:
         self.paths = output_paths(path, name)
         self.outputs = [self.make(output) for output in self.paths]
         self.nothing = os.open(os.devnull, os.O_RDONLY)
-        self.bell = open_bell(path, os.O_RDWR)  # for writing too: else it ends with each writer
+        self.bell = database.open_bell(
+            path, os.O_RDWR
+        )  # for writing too: else it ends with each writer
 
     def make(self, path: str) -> int:
         # Files, not pipes: a background child cannot block us, memory stays flat, and the
         # supervisor can read what a killed run printed.
-        return safe_open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+        return database.safe_open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
 
     def clear(self) -> None:
         """Empty the output files for the next run."""
@@ -771,13 +773,11 @@ def record(db: Any, run: Run, result: Result, settings: Settings) -> tuple[str, 
 # --- the run directory: bell, outputs, log ---------------------------------------------------
 
 
-def run_directory(path: str) -> str:
-    return os.path.realpath(path) + ".run"
-
-
 def output_paths(path: str, worker: str) -> list[str]:
     """Return where a worker's running job writes its stdout and its stderr."""
-    return [os.path.join(run_directory(path), f"{worker}.{name}") for name in ("out", "err")]
+    return [
+        os.path.join(database.run_directory(path), f"{worker}.{name}") for name in ("out", "err")
+    ]
 
 
 def make_run_directory(path: str) -> None:
@@ -785,7 +785,7 @@ def make_run_directory(path: str) -> None:
 
     Raises QueueError where others could write: they could put commands there for us to run.
     """
-    folder, parents = run_directory(path), {os.path.dirname(os.path.abspath(path))}
+    folder, parents = database.run_directory(path), {os.path.dirname(os.path.abspath(path))}
     parents.add(os.path.dirname(folder))  # another one, if the path is a link
     with suppress(FileExistsError):
         os.mkdir(folder, 0o700)
@@ -814,7 +814,7 @@ def take_turns(path: str) -> None:
     Not for a supervisor: it must not wait for a stopped worker that it is to end.
     """
     with suppress(OSError):  # no run directory: then there are no workers either
-        folder = os.open(run_directory(path), os.O_RDONLY | os.O_DIRECTORY)
+        folder = os.open(database.run_directory(path), os.O_RDONLY | os.O_DIRECTORY)
         database.turn = partial(turn, folder)
 
 
@@ -825,32 +825,6 @@ def turn(folder: int) -> Iterator[None]:
         yield
     finally:
         fcntl.flock(folder, fcntl.LOCK_UN)
-
-
-def safe_open(path: str, flags: int) -> int:
-    """Open a private file; never through a symlink, which somebody may have planted."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-
-
-def open_bell(path: str, flags: int) -> int | None:
-    try:
-        bell = safe_open(os.path.join(run_directory(path), "bell"), flags | os.O_NONBLOCK)
-    except OSError:
-        return None  # nobody listens, or no FIFOs here
-    if stat.S_ISFIFO(os.fstat(bell).st_mode):
-        return bell
-    os.close(bell)  # something else was planted there
-    return None
-
-
-def ring(path: str, times: int = 1) -> None:
-    """Wake that many idle workers. A hint: a ring that is lost costs the poll interval at most."""
-    bell = open_bell(path, os.O_WRONLY)
-    if bell is None:
-        return
-    with suppress(OSError):  # full of rings as it is, or the last who listened has just left
-        os.write(bell, b"!" * min(times, 512))
-    os.close(bell)
 
 
 def read_tail(handle: int, limit: int) -> tuple[bytes, int]:
@@ -864,7 +838,7 @@ def read_outputs(path: str, worker: str, limit: int) -> tuple[bytes, bytes, int,
     found = []
     for output in output_paths(path, worker):
         try:
-            handle = safe_open(output, os.O_RDONLY)
+            handle = database.safe_open(output, os.O_RDONLY)
         except OSError:
             found.append((b"", 0))  # somebody removed the directory
             continue
@@ -879,7 +853,7 @@ def live_output(path: str, worker: str, stream: str, start: int, limit: int) -> 
     From byte `start` on; but if that is far behind, only the last `limit` bytes.
     """
     try:
-        handle = safe_open(output_paths(path, worker)[stream == "stderr"], os.O_RDONLY)
+        handle = database.safe_open(output_paths(path, worker)[stream == "stderr"], os.O_RDONLY)
     except OSError:
         return 0, b""
     size = os.fstat(handle).st_size
@@ -897,7 +871,7 @@ def bound_output(path: str, worker: str, limit: int) -> None:
         try:
             if os.stat(output).st_blocks * 512 <= OUTPUT_BOUND + limit:
                 continue
-            handle = safe_open(output, os.O_RDWR)
+            handle = database.safe_open(output, os.O_RDWR)
         except OSError:
             continue
         # A hole in front of the end that is kept: size and all that is still to come stay right.

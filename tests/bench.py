@@ -239,9 +239,10 @@ class Bench:
         db, path = database.connect(str(self.folder / "latency")), str(self.folder / "latency")
         for _ in range(self.size(200)):
             time.sleep(random.uniform(0.01, 0.02))
-            first, _ = database.enqueue(db, [(0, job)], time.time())
+            database.gather(db, [(0, job)])
+            first, _ = database.enqueue(db, time.time())
             wall, began = time.time(), time.perf_counter()
-            worker.ring(path)
+            database.ring(path)
             if not select.select([handle], [], [], 30)[0]:
                 raise RuntimeError("the job did not start")
             acts.append((time.perf_counter() - began) * 1000)
@@ -473,7 +474,8 @@ class Hand:
     def enqueue(self, count: int) -> None:
         """Add jobs, and write the log of that into the file: it is not what is measured next."""
         job = config.check_job({"command": "true"}, config.load(""), "/")[0]
-        database.enqueue(self.db, ((0, job) for _ in range(count)), time.time())
+        database.gather(self.db, ((0, job) for _ in range(count)))
+        database.enqueue(self.db, time.time())
         self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def claim(self) -> None:

@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,14 @@ class Queue:
         problems = [(name, text) for name, text, _ in database.check(db, self.path) if text]
         db.close()
         assert not problems, problems
+
+
+def put_in(
+    db: sqlite3.Connection, jobs: Iterable[tuple[int, dict[str, Any]]], now: float
+) -> tuple[int, int]:
+    """Enqueue (line, row) and return the seq of the first and of the last."""
+    database.gather(db, jobs)
+    return database.enqueue(db, now)
 
 
 def stamp(path: Path) -> tuple[int, int] | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEADLINE_S, ROOT, Queue, eventually
+from conftest import DEADLINE_S, ROOT, Queue, eventually, put_in
 from prometheus_client.parser import text_string_to_metric_families
 
 import dashboard
@@ -131,7 +131,7 @@ def add(queue: Queue, *jobs: dict[str, Any]) -> None:
     row = dict(command="true", id=None, priority=0, run_at=None, max_retries=0)
     row |= dict(backoff_base=0, timeout_s=0, cwd=str(queue.folder))
     db = database.connect(queue.path)
-    database.enqueue(db, [(0, row | job) for job in jobs], time.time())
+    put_in(db, [(0, row | job) for job in jobs], time.time())
     db.close()
 
 

@@ -13,6 +13,7 @@ from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
 from typing import Any
 
 import pytest
+from conftest import put_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,7 +55,7 @@ def entry(line: int, now: float = NOW, **fields: Any) -> tuple[int, dict[str, An
 def add(db: sqlite3.Connection, *jobs: dict[str, Any], now: float = NOW) -> list[int]:
     """Enqueue jobs at once and return their seqs."""
     rows = (entry(line, now, **fields) for line, fields in enumerate(jobs, 1))
-    first, last = database.enqueue(db, rows, now)
+    first, last = put_in(db, rows, now)
     return list(range(first, last + 1))
 
 
@@ -507,7 +508,7 @@ def test_many_jobs_are_enqueued_all_or_none_and_the_line_is_named(db, jobs, mess
     add(db, dict(id="a", command="first"))
     before = memory(db)
     with pytest.raises((QueueError, config.BadInput), match=f"^{message}"):
-        database.enqueue(db, jobs, NOW)
+        put_in(db, jobs, NOW)
     assert memory(db) == before
     assert add(db, dict(id="b")) == [2]
 
@@ -520,7 +521,7 @@ def test_a_slow_producer_never_holds_the_lock_and_its_jobs_come_behind(db, path)
             assert add(other, dict(id="quick")) == [1]
         yield entry(2, id="slow2")
 
-    assert database.enqueue(db, slow(), NOW) == (2, 3)
+    assert put_in(db, slow(), NOW) == (2, 3)
 
 
 # --- the file --------------------------------------------------------------------------------

@@ -223,7 +223,8 @@ def claim(db, *arguments):
         open("come", "x").close()
         other = database.connect(os.environ["QUEUECTL_DB"])
         job, _ = config.check_job({"command": "true"}, config.load(""), "/")
-        database.enqueue(other, [(0, job)], time.time())
+        database.gather(other, [(0, job)])
+        database.enqueue(other, time.time())
         other.close()
     return found
 database.claim = claim"""
@@ -282,7 +283,7 @@ def test_a_planted_link_is_neither_read_nor_written_through(queue: Queue) -> Non
         (run / name).symlink_to(secret)
     assert worker.read_outputs(queue.path, "w1", 100) == (b"", b"", 0, 0)
     with pytest.raises(OSError):
-        worker.safe_open(str(run / "workers.log"), os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        database.safe_open(str(run / "workers.log"), os.O_RDWR | os.O_APPEND | os.O_CREAT)
     assert secret.read_text() == "secret"
     for name in ("w1.out", "w1.err", "workers.log"):
         (run / name).unlink()

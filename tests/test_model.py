@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+from conftest import put_in
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -186,7 +187,7 @@ class Memory(RuleBasedStateMachine):
         given = [row["id"] for row in rows if row["id"] is not None]
         twice = len(set(given)) < len(given)
         try:
-            first, last = database.enqueue(db, enumerate(rows, 1), self.now)
+            first, last = put_in(db, enumerate(rows, 1), self.now)
         except QueueError:
             assert twice or {job.id for job in self.jobs.values()} & set(given)
             return

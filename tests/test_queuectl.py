@@ -943,7 +943,7 @@ def test_each_statement_is_shown_with_its_values_and_what_it_did(queue: Queue) -
     assert done.stdout == "a\n"
     shown = [re.sub(r" +", " ", line) for line in done.stderr.splitlines()]
     assert all(re.match(r"pid \d+ [a-z_]+:\d+ [\d.]+ ms ", line) for line in shown), shown
-    assert any("take_in" in line and "1 row changed INSERT INTO jobs" in line for line in shown)
+    assert any("enqueue" in line and "1 row changed INSERT INTO jobs" in line for line in shown)
     assert any("job:" in line and "1 row SELECT" in line and "seq = 1" in line for line in shown)
     assert queue.run("show", "a", check=0).stderr == ""
 

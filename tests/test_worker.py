@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import DEADLINE_S, ROOT, Queue, eventually
+from conftest import DEADLINE_S, ROOT, Queue, eventually, put_in
 
 import config
 import database
@@ -678,9 +678,9 @@ def test_work_arrives_and_wakes_sleeping_workers(queue: Queue) -> None:
         db, now = database.connect(queue.path), time.time()
         job = {"command": meet.format(*pair), "cwd": str(queue.folder)}
         row = config.check_job(job, config.load(queue.config), "/")[0]
-        database.enqueue(db, [(1, row)], now)
+        put_in(db, [(1, row)], now)
         db.close()
-    worker.ring(queue.path)
+    database.ring(queue.path)
     eventually(lambda: queue.states()["completed"] == 4, "both have run")
 
 
@@ -691,12 +691,12 @@ def test_a_bell_is_full_of_stale_rings_and_no_worker_spins(queue: Queue) -> None
     begun(queue)
     pid = queue.workers()[0]["pid"]
     for _ in range(200):
-        worker.ring(queue.path, 512)  # more than a pipe holds: nobody may be held up by that
+        database.ring(queue.path, 512)  # more than a pipe holds: nobody may be held up by that
     before = cpu_s(pid)
     go(queue)
     reaches(queue, "a", "completed")
     for _ in range(3):
-        worker.ring(queue.path, 100)
+        database.ring(queue.path, 100)
     time.sleep(1)  # what is measured is a second of sleep
     assert cpu_s(pid) - before < 0.2
 
@@ -732,7 +732,7 @@ def test_a_job_of_a_later_time_and_a_retry_wake_a_sleeping_worker(queue: Queue) 
     ],
 )
 def test_others_could_write_commands_into_the_queue(queue: Queue, name: str, mode: int) -> None:
-    worker.ring(queue.path)
+    database.ring(queue.path)
     queue.drain()
     place = str(queue.folder / name)
     os.chmod(place, mode)
