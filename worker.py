@@ -122,7 +122,7 @@ class Supervisor:
         self.trouble = ""  # what was said last of a database that cannot be used
         self.busy = False
         self.looked_at = self.beat_at = self.spawn_at = 0.0
-        self.db, self.inode = None, 0
+        self.db, self.inode, self.seen = None, 0, None
 
     def run(self) -> None:
         """Work until told to stop or, draining, until nothing is left to do."""
@@ -185,8 +185,18 @@ class Supervisor:
         # Those of the dead that are being settled stay ready: waiting on them would be spinning.
         ending = {each.worker["pid"] for each in self.endings.values()}
         sentinels = [child.sentinel for pid, child in self.children.items() if pid not in ending]
-        readable([*sentinels, self.wake], BUSY_TICK_S if self.busy or self.endings else IDLE_TICK_S)
+        handles, busy = [*sentinels, self.wake], self.busy or self.endings
+        if not readable(handles, BUSY_TICK_S if busy else IDLE_TICK_S) and not busy:
+            if not self.has_changed():  # then only another supervisor's death could be seen
+                readable(handles, IDLE_TICK_S)
         drained(self.wake)
+
+    def has_changed(self) -> bool:
+        """Say whether another process has changed the queue since the last time; perhaps: yes."""
+        with suppress(database.SQLiteError):
+            before, self.seen = self.seen, self.db and database.data_version(self.db)
+            return self.seen is None or self.seen != before
+        return True
 
     def keep_count(self) -> None:
         """Replace the workers that are gone or, stopping, tell them all to leave."""
@@ -278,7 +288,7 @@ class Supervisor:
             # Without an id it changes no row, but waits for the lock: as long as somebody else
             # holds it nobody can beat, and `listen` must not take that for silence.
             database.beat(db, self.id, now)
-            self.beat_at = mono + min(5.0, self.settings["lock_timeout_s"] / 4)
+            self.beat_at = mono + min(10.0, self.settings["lock_timeout_s"] / 4)
         supervisors = [row for row in database.supervisors(db) if is_here(row)]
         workers = [row for row in database.workers(db) if is_here(row)]
         own = [row["stop"] for row in supervisors if row["id"] == self.id]
