@@ -50,20 +50,15 @@ SETTINGS = {
 }
 ALIASES = {"default_timeout": "job_timeout_s"}
 
-# What a user may say of one job. Those that are also settings take their default from there.
-NUMBERS = {
+RANGES = SETTINGS | {
     "priority": Setting(int, 0, -(2**53), 2**53, "higher runs first"),
-    "max_retries": SETTINGS["max_retries"],
-    "backoff_base": SETTINGS["backoff_base"],
     "timeout_s": SETTINGS["job_timeout_s"],
 }
-TEXTS = ("id", "command", "cwd")
 # A record that was printed can be pasted back: what the queue sets is ignored, not refused.
 SET_BY_QUEUE = frozenset(
     "state attempts exit_code last_error stdout stderr worker"
     " created_at updated_at started_at finished_at runs".split()
 )
-KNOWN = {*TEXTS, *NUMBERS, "run_at", "timeout"}
 ID_LIMIT = 128
 
 # {id} in a launcher, but not what a shell reads: ${id}, {a,b}, { print; }, {{.ID}}.
@@ -155,7 +150,7 @@ def setting_name(key: str) -> str:
 
 def check_setting(name: str, value: Any) -> float | str:
     if SETTINGS[name].kind is not str:
-        return check_number(name, value, SETTINGS[name])
+        return check_number(name, value)
     found = PLACEHOLDER.findall(check_text(name, value))
     unknown = [word for word in found if word not in PLACES]
     if unknown:
@@ -202,24 +197,16 @@ def check_job(given: Any, settings: dict[str, Any], cwd: str) -> tuple[dict[str,
     if "timeout" in given and "timeout_s" in given:
         raise BadInput('"timeout" and "timeout_s" are the same field; give one of them')
     for name, value in given.items():
-        if name == "timeout":
-            name = "timeout_s"
-        if name in TEXTS:
-            job[name] = check_text(name, value)
-        elif name in NUMBERS:
-            job[name] = check_number(name, value, NUMBERS[name])
-        elif name == "run_at":
-            job["run_at"] = check_time(name, value)
+        name = "timeout_s" if name == "timeout" else name
+        if name in FIELDS:
+            job[name] = FIELDS[name](name, value)
         elif name in SET_BY_QUEUE:
             ignored.append(name)
         else:
-            raise BadInput(f'unknown field "{name}"; a job has: {", ".join(sorted(KNOWN))}')
+            there_are = ", ".join(sorted([*FIELDS, "timeout"]))
+            raise BadInput(f'unknown field "{name}"; a job has: {there_are}')
     if job["command"] is None:
         raise BadInput('a job needs a "command"')
-    if not job["command"].strip():
-        raise BadInput('"command" is empty')
-    if job["id"] is not None:
-        check_id(job["id"])
     if job["cwd"] is not cwd:
         job["cwd"] = os.path.join(cwd, os.path.expanduser(job["cwd"]))
     return job, ignored
@@ -241,13 +228,20 @@ def check_jobs(
         yield line, row
 
 
-def check_id(value: str) -> None:
-    if not value.strip():
+def check_id(name: str, value: Any) -> str:
+    if not check_text(name, value).strip():
         raise BadInput('"id" is empty')
     if len(value) > ID_LIMIT:
         raise BadInput(f'"id" has {len(value)} characters; at most {ID_LIMIT} are allowed')
     if not value.isprintable():
         raise BadInput(f'"id" {value!a} has characters that cannot be printed')
+    return value
+
+
+def check_command(name: str, value: Any) -> str:
+    if not check_text(name, value).strip():
+        raise BadInput('"command" is empty')
+    return value
 
 
 def check_text(name: str, value: Any) -> str:
@@ -264,7 +258,8 @@ def check_text(name: str, value: Any) -> str:
     return value
 
 
-def check_number(name: str, value: Any, setting: Setting) -> float:
+def check_number(name: str, value: Any) -> float:
+    setting = RANGES[name]
     # bool is an int to Python; to a user, true is no number.
     if type(value) is not int and (type(value) is not float or setting.kind is int):
         wanted = "a whole number" if setting.kind is int else "a number"
@@ -294,6 +289,11 @@ def check_time(name: str, value: Any) -> float:
         raise BadInput(
             f'"{name}" {value[:40]!a} is no date; write it like 2030-01-31T12:00:00Z'
         ) from None
+
+
+# What a user may say of one job, and what makes sure of it.
+FIELDS = {"id": check_id, "command": check_command, "cwd": check_text, "run_at": check_time}
+FIELDS |= dict.fromkeys(("priority", "max_retries", "backoff_base", "timeout_s"), check_number)
 
 
 # --- text to values --------------------------------------------------------------------------
