@@ -23,7 +23,7 @@ import click
 
 import config
 import database
-from config import BadInput
+from config import BadInput, check_setting, parse_duration, parse_number
 from database import duration_text, plural
 
 COLOURS = {"completed": "green", "failed": "yellow", "dead": "red", "lost": "red", "trouble": "red"}
@@ -95,7 +95,6 @@ def complain(message: str, code: int) -> int:
 
 def clean(text: str, keep: str = "") -> str:
     """Return text in which nothing can steer the terminal: such characters are shown instead."""
-
     return UNSAFE.sub(lambda m: m[0] if m[0] in keep else repr(m[0])[1:-1], text)
 
 
@@ -178,18 +177,6 @@ def statement_text(head: str, text: str, remark: str) -> str:
     return head + text + (remark and f"  <- {remark}")
 
 
-def seconds(_: Any, __: Any, text: str | None) -> float | None:
-    return None if text is None else config.parse_duration(text)
-
-
-def number(_: Any, __: Any, text: str | None) -> float | None:
-    return None if text is None else config.parse_number(text)
-
-
-def template(_: Any, option: Any, text: str | None) -> str | None:
-    return None if text is None else config.check_setting(option.name, text)
-
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -241,11 +228,11 @@ def init(place: Place) -> None:
 @click.argument("job", required=False)
 @click.option("--command", help="The shell command, instead of JOB.")
 @click.option("--id", help="A name of your own for the job.")
-@click.option("--priority", callback=number, help="Higher runs first. Default 0.")
+@click.option("--priority", type=parse_number, metavar="N", help="Higher runs first. Default 0.")
 @click.option("--run-at", metavar="TIME", help="Not before: 2030-01-31T12:00:00Z or Unix seconds.")
-@click.option("--delay", callback=seconds, metavar="5m", help="Not before so long from now.")
-@click.option("--timeout", callback=seconds, metavar="30s", help="End a run after so long.")
-@click.option("--max-retries", callback=number, help="How often a failed job is run again.")
+@click.option("--delay", type=parse_duration, metavar="5m", help="Not before so long from now.")
+@click.option("--timeout", type=parse_duration, metavar="30s", help="End a run after so long.")
+@click.option("--max-retries", type=parse_number, metavar="N", help="How often it is run again.")
 @click.option("--cwd", metavar="DIR", help="Where it runs. Default: here.")
 @click.option("--file", metavar="PATH", help="Many: a JSON array or an object a line; - is stdin.")
 @click.option("--lines", is_flag=True, help="With --file: each line is a command.")
@@ -266,12 +253,16 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
         raise BadInput(f"--{next(iter(given)).replace('_', '-')} goes with --command")
     if lines and file is None:
         raise BadInput("--lines goes with --file")
+    if "delay" in given and "run_at" in given:
+        raise BadInput("--delay and --run-at say the same thing; give one of them")
+    if "delay" in given:
+        given["run_at"] = time.time() + given.pop("delay")
     if file is not None:
         entries = (config.parse_commands if lines else config.parse_entries)(file_lines(file))
     elif job is not None:
         entries = [(0, parsed_job("".join(file_lines("-")) if job == "-" else job))]
     else:
-        entries = [(0, job_of_options(given))]
+        entries = [(0, given)]
     ignored: set[str] = set()
     jobs = config.check_jobs(entries, place.settings, current_directory(), ignored)
     database.gather(place.db, jobs)
@@ -303,15 +294,6 @@ def current_directory() -> str:
         raise database.QueueError("the current directory is gone; change to another") from None
 
 
-def job_of_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON object that the options stand for."""
-    if "delay" in given and "run_at" in given:
-        raise BadInput("--delay and --run-at say the same thing; give one of them")
-    if "delay" in given:
-        given["run_at"] = time.time() + given.pop("delay")
-    return given
-
-
 def file_lines(path: str) -> Iterator[str]:
     """Yield the decoded lines of a file ("-": stdin), with a progress bar on a terminal."""
     line = 0
@@ -340,8 +322,8 @@ def worker() -> None:
 @click.option("--count", default=1, type=click.IntRange(1, 1000), help="How many. Default 1.")
 @click.option("--detach", is_flag=True, help="In the background; returns once they are ready.")
 @click.option("--drain", is_flag=True, help="Leave when nothing is left to do.")
-@click.option("--launcher", callback=template, metavar="LINE", help="Hand the runs to this line.")
-@click.option("--launcher-stop", callback=template, metavar="LINE", help="Ends what one may leave.")
+@click.option("--launcher", metavar="LINE", help="Hand the runs to this line.")
+@click.option("--launcher-stop", metavar="LINE", help="Ends what one may leave.")
 @explain_option  # here too, for this is where one wants to see it
 @click.pass_obj
 def start(place: Place, count: int, detach: bool, drain: bool, **lines: str | None) -> None:
@@ -353,7 +335,7 @@ def start(place: Place, count: int, detach: bool, drain: bool, **lines: str | No
     """
     import worker as hands
 
-    given = {name: line for name, line in lines.items() if line is not None}
+    given = {name: check_setting(name, line) for name, line in lines.items() if line is not None}
     settings = place.settings | given
     place.db.close()  # made if need be; the workers open their own
     if not detach:
@@ -369,7 +351,7 @@ def start(place: Place, count: int, detach: bool, drain: bool, **lines: str | No
 
 @worker.command()
 @click.option("--now", is_flag=True, help="Stop the running jobs and put them back.")
-@click.option("--timeout", callback=seconds, metavar="30s", help="Wait no longer than this.")
+@click.option("--timeout", type=parse_duration, metavar="30s", help="Wait no longer than this.")
 @click.pass_obj
 def stop(place: Place, now: bool, timeout: float | None) -> None:
     """Let every worker finish its job and leave; wait until they have."""
@@ -392,17 +374,12 @@ def list_workers(place: Place, as_json: bool) -> None:
         found = [database.as_object(row) for row in rows]
         emit([{key: each[key] for key in keys.split()} for each in found])
         return
-    lines = [
-        [
-            row["worker"],
-            row["pid"],
-            duration_text(now - (row["since"] or row["started_at"])),
-            duration_text(now - row["heartbeat_at"]) + " ago",
-            row["jobs_done"],
-            f"{row['job']}: {row['command']}" if row["job"] else "idle",
-        ]
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        since = duration_text(now - (row["since"] or row["started_at"]))
+        beat = duration_text(now - row["heartbeat_at"]) + " ago"
+        runs = f"{row['job']}: {row['command']}" if row["job"] else "idle"
+        lines.append([row["worker"], row["pid"], since, beat, row["jobs_done"], runs])
     table(["WORKER", "PID", "SINCE", "HEARTBEAT", "DONE", "RUNS"], lines)
 
 
@@ -604,7 +581,7 @@ class Tail:
 
 @cli.command()
 @click.argument("ids", nargs=-1)
-@click.option("--timeout", callback=seconds, metavar="5m", help="Wait no longer than this.")
+@click.option("--timeout", type=parse_duration, metavar="5m", help="Wait no longer than this.")
 @click.pass_obj
 def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
     """Wait until jobs (none named: all) have settled; exit 0 only if all completed."""
@@ -721,7 +698,7 @@ def configure(place: Place, words: tuple[str, ...], as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--older-than", callback=seconds, required=True, metavar="7d", help="Ended before.")
+@click.option("--older-than", type=parse_duration, required=True, metavar="7d", help="By its end.")
 @click.option("--state", "states", multiple=True, type=click.Choice(database.SETTLED))
 @click.option("--dry-run", is_flag=True, help="Only say how many.")
 @click.option("--vacuum", is_flag=True, help="Make the file small; who writes meanwhile waits.")
