@@ -61,7 +61,6 @@ class Hands(NamedTuple):
     live_workers: Callable[[Any], list[Any]]  # (db): rows of database.workers
     live_output: Callable[[str, str], tuple[int, bytes]]  # (worker, "stdout"): bytes cut, bytes
     end_cancelled: Callable[[list[int]], None]  # (seqs): returns when those jobs have ended
-    status_of: Callable[[Any], dict[str, Any]]  # (db): what `status --json` prints
 
 
 def opened(path: str) -> closing:
@@ -122,7 +121,7 @@ class Watcher:
         found = {
             "now": now,
             "queue": self.path,
-            "status": self.hands.status_of(db),
+            "status": database.summary(db, now, len(workers)),
             "workers": [{key: row[key] for key in keys} for row in workers],
             "minutes": database.runs_by_minute(db, now - CHART_S),
         }
@@ -387,10 +386,10 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing: only the face prints."""
 
     def do_GET(self) -> None:
-        hands = self.server.hands
+        workers = self.server.hands.live_workers
         looks = {
-            "/api/status": hands.status_of,
-            "/api/workers": lambda db: [as_object(row) for row in hands.live_workers(db)],
+            "/api/status": lambda db: database.summary(db, time.time(), len(workers(db))),
+            "/api/workers": lambda db: [as_object(row) for row in workers(db)],
             "/api/jobs": self.jobs,
             "/api/job": self.job,
         }

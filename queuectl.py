@@ -48,6 +48,13 @@ class Place:
     def settings(self) -> dict[str, Any]:
         return config.load(self.config_path)
 
+    @property
+    def hands(self) -> Any:
+        """worker.py, loaded only by the commands that need it: `enqueue` must start fast."""
+        import worker
+
+        return worker
+
     def close(self) -> None:
         if self.opened is not None:
             self.opened.close()
@@ -333,19 +340,17 @@ def start(place: Place, count: int, detach: bool, drain: bool, **lines: str | No
     queuectl.py worker start --count 4 --drain
     queuectl.py worker start --count 32 --launcher 'nice -n 19 sh -c {command}'
     """
-    import worker as hands
-
     given = {name: check_setting(name, line) for name, line in lines.items() if line is not None}
     settings = place.settings | given
     place.db.close()  # made if need be; the workers open their own
     if not detach:
-        hands.Supervisor(place.path, settings, print_event, count, drain).run()
+        place.hands.Supervisor(place.path, settings, print_event, count, drain).run()
         return
     words = ["--db", os.path.abspath(place.path), "--config", os.path.abspath(place.config_path)]
     words += ["--explain"] if database.show else []
     words += ["worker", "start", "--count", str(count), *["--drain"] * drain]
     words += [f"--{name.replace('_', '-')}={line}" for name, line in given.items()]
-    pid, log = hands.detach(words, place.path, count)
+    pid, log = place.hands.detach(words, place.path, count)
     click.echo(f"{plural(count, 'worker')} in the background, supervisor pid {pid}, log {log}")
 
 
@@ -355,9 +360,7 @@ def start(place: Place, count: int, detach: bool, drain: bool, **lines: str | No
 @click.pass_obj
 def stop(place: Place, now: bool, timeout: float | None) -> None:
     """Let every worker finish its job and leave; wait until they have."""
-    from worker import stop as stop_workers
-
-    left = stop_workers(place.path, place.settings, print_remark, now, timeout)
+    left = place.hands.stop(place.path, place.settings, print_remark, now, timeout)
     click.echo(f"{plural(left, 'worker')} left")
 
 
@@ -366,9 +369,7 @@ def stop(place: Place, now: bool, timeout: float | None) -> None:
 @click.pass_obj
 def list_workers(place: Place, as_json: bool) -> None:
     """Show every live worker and what it runs."""
-    from worker import live_workers
-
-    now, rows = time.time(), live_workers(place.db)
+    now, rows = time.time(), place.hands.live_workers(place.db)
     if as_json:
         keys = "worker pid job command since heartbeat_at jobs_done started_at supervisor_pid host"
         found = [database.as_object(row) for row in rows]
@@ -392,7 +393,8 @@ def status(place: Place, watch: bool, as_json: bool) -> None:
     if watch and as_json:
         raise BadInput("--json prints one document; leave --watch away and call it again")
     while True:
-        found = status_of(place.db)
+        workers = len(place.hands.live_workers(place.db))
+        found = database.summary(place.db, time.time(), workers)
         if watch and sys.stdout.isatty():
             click.clear()
         if as_json:
@@ -402,12 +404,6 @@ def status(place: Place, watch: bool, as_json: bool) -> None:
         if not watch:
             return
         time.sleep(1)
-
-
-def status_of(db: Any) -> dict[str, Any]:
-    from worker import live_workers
-
-    return database.summary(db, time.time(), len(live_workers(db)))
 
 
 def print_status(found: dict[str, Any]) -> None:
@@ -510,17 +506,14 @@ def logs(
     place: Place, id: str, attempt: int | None, only: str | None, follow: bool, as_json: bool
 ) -> None:
     """Show what a job has printed; while it runs, what there is so far."""
-    from worker import live_output
-
     seq, limit = database.find(place.db, id), int(place.settings["output_limit_bytes"])
-    tails = {
-        name: Tail(name, only, follow) for name in ("stdout", "stderr") if only in (None, name)
-    }
+    streams = [only] if only else ["stdout", "stderr"]
+    tails = {name: Tail(name, only, follow) for name in streams}
     run = chosen_run(place.db, seq, attempt, follow)
     while run is None or run["finished_at"] is None:
         before, worker = run, run["worker"] if run else ""
         new = {
-            name: live_output(place.path, worker, name, each.sent, limit)
+            name: place.hands.live_output(place.path, worker, name, each.sent, limit)
             for name, each in tails.items()
         }
         run = chosen_run(place.db, seq, attempt, follow)
@@ -585,8 +578,6 @@ class Tail:
 @click.pass_obj
 def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
     """Wait until jobs (none named: all) have settled; exit 0 only if all completed."""
-    from worker import live_workers
-
     seqs = [database.find(place.db, id) for id in ids]
     deadline, told = None if timeout is None else time.monotonic() + timeout, False
     while True:
@@ -598,7 +589,7 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
             click.echo(line, nl=not left, err=True)
         if not left:
             break
-        if not told and not live_workers(place.db):
+        if not told and not place.hands.live_workers(place.db):
             told = True
             click.echo("no worker is running; `worker start` starts one", err=True)
         if deadline and time.monotonic() >= deadline:
@@ -614,8 +605,6 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
 @click.pass_obj
 def cancel(place: Place, ids: tuple[str, ...]) -> int:
     """Cancel jobs: a waiting one at once, a running one with its whole process tree."""
-    from worker import await_cancelled
-
     running, failed = [], False
     for seq in dict.fromkeys([database.find(place.db, id) for id in ids]):
         try:
@@ -626,7 +615,7 @@ def cancel(place: Place, ids: tuple[str, ...]) -> int:
         except database.QueueError as error:
             failed = complain(str(error), 1)
     if running:
-        await_cancelled(place.path, place.settings, print_remark, running)
+        place.hands.await_cancelled(place.path, place.settings, print_remark, running)
     for row in [database.job(place.db, seq) for seq in running]:
         click.echo(clean(f"{row['id']} {row['state']}"))
         failed |= row["state"] != "cancelled"  # it ended first
@@ -707,9 +696,7 @@ def prune(
     place: Place, older_than: float, states: tuple[str, ...], dry_run: bool, vacuum: bool
 ) -> None:
     """Remove settled jobs (dead ones only if --state names them) and their history."""
-    from worker import take_turns
-
-    take_turns(place.path)
+    place.hands.take_turns(place.path)
     count, before, began = 0, time.time() - older_than, time.monotonic()
     for removed in database.prune(place.db, states or ("completed", "cancelled"), before, dry_run):
         count += removed
@@ -776,12 +763,11 @@ def dashboard(place: Place, port: int, host: str, opening: bool) -> None:
     import select
     import signal
 
-    import worker as hands
     from dashboard import Server
 
     server = Server(place.path, host, port, *dashboard_needs(place))
     # A signal leaves a byte in the pipe: so none is lost, whenever it comes.
-    wake, wake_write = hands.quiet_pipe()
+    wake, wake_write = place.hands.quiet_pipe()
     signal.set_wakeup_fd(wake_write)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
@@ -801,11 +787,10 @@ def dashboard(place: Place, port: int, host: str, opening: bool) -> None:
 
 def dashboard_needs(place: Place) -> tuple[str, Any]:
     """Return the private directory of the queue, and the hands that the window asks for."""
-    import worker as hands
     from dashboard import Hands
 
     place.db.close()  # made if need be; the window opens its own
-    settings, path = place.settings, place.path
+    settings, path, hands = place.settings, place.path, place.hands
     try:
         hands.make_run_directory(path)
     except OSError as error:
@@ -815,7 +800,6 @@ def dashboard_needs(place: Place) -> tuple[str, Any]:
         hands.live_workers,
         lambda worker, name: hands.live_output(path, worker, name, 0, limit),
         lambda seqs: hands.await_cancelled(path, settings, print_remark, seqs),
-        status_of,
     )
 
 

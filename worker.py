@@ -14,10 +14,15 @@ makes. A worker is disposable: to end a run its session is ended, the worker wit
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
+import random
+import resource
+import select
 import signal
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -75,8 +80,6 @@ class FarEnd:
 
     def reached(self, mono: float) -> bool:
         """Begin, end or await a try; say whether one has succeeded. Never blocks."""
-        import subprocess
-
         code, why = None, ""
         if self.child is None and mono >= self.due:
             try:
@@ -133,16 +136,12 @@ class Supervisor:
             self.sleep()
             self.look()
         database.remove_supervisor(self.queue(), self.id)
-        self.hang_up()
+        self.close()
         self.say("supervisor", self.pid, "left", "")
         if self.fatal:
             raise QueueError(self.fatal)
 
     def begin(self) -> None:
-        import ctypes  # noqa: F401  # what a worker needs, loaded once for all of them
-        import random  # noqa: F401
-        import resource
-
         make_run_directory(self.path)
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if 2 * self.count + 32 > files:
@@ -225,7 +224,7 @@ class Supervisor:
             self.asked = max(self.asked, 1)
             raise QueueError(f"{self.path} is gone: leaving") from None
         if inode != self.inode:
-            self.hang_up()
+            self.close()
         if self.db is None:
             patience_s = database.BUSY_TIMEOUT_S
             if self.count:  # for who has the lock may be a stopped worker, which we are to end
@@ -234,7 +233,8 @@ class Supervisor:
             self.inode = inode
         return self.db
 
-    def hang_up(self) -> None:
+    def close(self) -> None:
+        """Close the connection; `queue` opens the next one."""
         if self.db is not None:
             self.db.close()
         self.db = None
@@ -244,7 +244,7 @@ class Supervisor:
         from multiprocessing import get_context
 
         # SQLite's connections must not be carried over a fork (sqlite.org/howtocorrupt.html, 2.6).
-        self.hang_up()
+        self.close()
         child = get_context("fork").Process(target=work, args=(self,), daemon=True)
         # A signal between the fork and the worker's own handlers would be lost: hold it back.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -260,28 +260,23 @@ class Supervisor:
             self.tick(self.queue(), time.time(), time.monotonic())
             self.trouble = ""
         except (OSError, QueueError, database.SQLiteError) as error:
-            self.hang_up()
+            self.close()
             text = database.error_text(error, self.path)
             if text != self.trouble:
                 self.trouble = text
                 self.say("supervisor", self.pid, "trouble", text)
             if database.is_damage(error):
                 self.asked, self.fatal = max(self.asked, 1), text
-            self.end_stopped(time.monotonic())
-            if self.stopping:
-                for pid in list(self.children):
-                    if self.stopping > 1:  # nothing can be recorded, but it can be ended
-                        push(session_members(pid), set(), hard=True)
+            mono = time.monotonic()
+            for pid, child in list(self.children.items()):
+                alive = child.exitcode is None
+                if alive and self.stopped_for(pid, mono) > self.settings["lock_timeout_s"]:
+                    send(pid, signal.SIGKILL)  # it may hold the lock that we need to judge it
+                if self.stopping > 1:  # nothing can be recorded, but it can be ended
+                    push(session_members(pid), set(), hard=True)
+                if self.stopping:
                     self.reap(pid)  # what it held waits in the database for the next supervisor
             time.sleep(IDLE_TICK_S)
-
-    def end_stopped(self, mono: float) -> None:
-        """End our workers that are stopped (SIGSTOP): one of them may hold the lock that we need to
-        judge it."""
-        for pid, child in self.children.items():
-            if child.exitcode is None:
-                if self.stopped_for(pid, mono) > self.settings["lock_timeout_s"]:
-                    send(pid, signal.SIGKILL)
 
     def tick(self, db: Any, now: float, mono: float) -> None:
         if mono >= self.beat_at:
@@ -448,7 +443,7 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
     Raises QueueError if some are still there after `timeout_s`. Workers whose supervisor was
     killed leave by themselves; what they held is settled here.
     """
-    with settling(path, settings, say) as settler:
+    with closing(Supervisor(path, settings, say)) as settler:
         count = len(live_workers(settler.queue()))  # before any of them can have heard it
         asked = database.ask_to_stop(settler.queue(), 2 if now else 1)
         deadline = time.monotonic() + timeout_s if timeout_s is not None else None
@@ -469,7 +464,7 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
 
 def await_cancelled(path: str, settings: Settings, say: Say, seqs: list[int]) -> None:
     """Wait until jobs asked to end have ended; those without a supervisor are ended here."""
-    with settling(path, settings, say) as settler:
+    with closing(Supervisor(path, settings, say)) as settler:
         while True:
             settler.look()
             if all(database.job(settler.queue(), seq)["state"] != "processing" for seq in seqs):
@@ -477,23 +472,11 @@ def await_cancelled(path: str, settings: Settings, say: Say, seqs: list[int]) ->
             time.sleep(0.05)
 
 
-@contextmanager
-def settling(path: str, settings: Settings, say: Say) -> Iterator[Supervisor]:
-    """A supervisor without workers, which settles what others have lost."""
-    settler = Supervisor(path, settings, say)
-    try:
-        yield settler
-    finally:
-        settler.hang_up()
-
-
 def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
     """Run `queuectl.py ARGUMENTS` in the background: its pid and log, once `count` workers are up.
 
     Raises QueueError with the end of the log if it does not come up.
     """
-    import subprocess
-
     make_run_directory(path)
     log = os.path.join(database.run_directory(path), "workers.log")
     try:
@@ -722,8 +705,6 @@ def hand_in(desk: Desk, run: Run, result: Result, wanted: Callable[[], bool]) ->
 
 def execute(desk: Desk, run: Run) -> tuple[int | None, str | None]:
     """Run the command to its end: (exit code, None), or (None, why it could not be started)."""
-    import subprocess
-
     # The directory may be only where the launcher goes, if the launcher is told of it.
     elsewhere = run.line and "{cwd}" in desk.settings["launcher"] and not os.path.isdir(run.cwd)
     # As bytes: text would be encoded by the locale, which may not know its characters.
@@ -760,8 +741,6 @@ def end_leftovers(desk: Desk) -> None:
 
 def record(db: Any, run: Run, result: Result, settings: Settings) -> tuple[str, str]:
     """Store how a run ended, unless somebody else has; return what to say of it: verb and text."""
-    import random
-
     jitter = random.uniform(0, settings["backoff_jitter"] * run.backoff_base)
     now = time.time()
     ended = database.finish(db, run, result, now, settings["max_backoff_s"], jitter)
@@ -875,8 +854,6 @@ def live_output(path: str, worker: str, stream: str, start: int, limit: int) -> 
 
 def bound_output(path: str, worker: str, limit: int) -> None:
     """Cut output files that outgrow their bound, so that a runaway job cannot fill the disk."""
-    import subprocess
-
     for output in output_paths(path, worker):
         try:
             if os.stat(output).st_blocks * 512 <= OUTPUT_BOUND + limit:
@@ -948,8 +925,6 @@ def session_of(pid: int) -> int | None:
 def adopt_orphans() -> None:
     """Become the parent of what our children leave behind (prctl(2), PR_SET_CHILD_SUBREAPER)."""
     if sys.platform == "linux":
-        import ctypes
-
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 
 
@@ -982,8 +957,6 @@ def process_status(pid: int) -> list[str] | None:
 
 
 def ask(*command: str) -> str:
-    import subprocess
-
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
@@ -1045,8 +1018,6 @@ def quiet_pipe() -> tuple[int, int]:
 
 def readable(handles: Iterable[int], span_s: float) -> list[int]:
     """Wait until some of these can be read, and return them; [] once the span is over."""
-    import select
-
     waiting = select.poll()
     for handle in handles:
         waiting.register(handle, select.POLLIN)
@@ -1055,8 +1026,6 @@ def readable(handles: Iterable[int], span_s: float) -> list[int]:
 
 def drained(handle: int) -> None:
     """Read all that is there now."""
-    try:
+    with suppress(BlockingIOError):
         while len(os.read(handle, 65_536)) == 65_536:
             pass
-    except BlockingIOError:
-        pass
