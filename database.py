@@ -17,6 +17,7 @@ timeout (https://www.sqlite.org/isolation.html). A single statement is a transac
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sqlite3
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from operator import itemgetter
+from sqlite3 import Connection, Row
 from typing import Any, NamedTuple
 
 DEFAULT_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "queue.db")
@@ -156,9 +158,7 @@ show: Any = None  # --explain: a function of the face, given [(where and what, S
 # --- the file --------------------------------------------------------------------------------
 
 
-def connect(
-    path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S
-) -> sqlite3.Connection:
+def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S) -> Connection:
     """Open the queue, made or migrated if need be. Raises QueueError if it is none of ours.
 
     Whoever finds it locked waits for at most `patience_s`.
@@ -180,7 +180,7 @@ def connect(
     place = os.path.abspath(path)
     db = sqlite3.connect(place, timeout=patience_s, isolation_level=None, **kind)
     try:
-        db.row_factory = sqlite3.Row
+        db.row_factory = Row
         db.text_factory = lambda data: data.decode(errors="replace")  # bytes may have been flipped
         db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages; each stops us for some 10 ms
@@ -194,13 +194,13 @@ def connect(
     return db
 
 
-def identity(db: sqlite3.Connection) -> tuple[int, int]:
+def identity(db: Connection) -> tuple[int, int]:
     """Return whose database this is and of which version."""
     pragmas = ("application_id", "user_version")
     return tuple(db.execute(f"PRAGMA {pragma}").fetchone()[0] for pragma in pragmas)
 
 
-def migrate(db: sqlite3.Connection, path: str) -> None:
+def migrate(db: Connection, path: str) -> None:
     """Bring a new or an older file to VERSION, all steps in one transaction."""
     tables = "SELECT 1 FROM sqlite_master"
     if db.execute(tables).fetchone() is None:
@@ -222,7 +222,7 @@ def migrate(db: sqlite3.Connection, path: str) -> None:
 
 
 @contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
+def transaction(db: Connection) -> Iterator[None]:
     """One transaction; inside of another it is a part of that."""
     if db.in_transaction:
         yield
@@ -261,7 +261,6 @@ def error_text(error: Exception, path: str) -> str:
     ):
         if sign in str(error):
             return str(error) if isinstance(error, QueueError) else f"{path}: {meaning}"
-    raise AssertionError
 
 
 # --- beside the file: the run directory and the bell in it -----------------------------------
@@ -305,7 +304,7 @@ def ring(path: str, times: int = 1) -> None:
 INPUT = "id, command, priority, run_at, max_retries, backoff_base, timeout_s, cwd"
 
 
-def gather(db: sqlite3.Connection, jobs: Iterable[tuple[int, dict[str, Any]]]) -> None:
+def gather(db: Connection, jobs: Iterable[tuple[int, dict[str, Any]]]) -> None:
     """Read (line, row from config.check_job) into a temporary table, for `enqueue`.
 
     So a slow producer never holds the queue's lock. Raises QueueError if an id is given twice; what
@@ -334,7 +333,7 @@ def gather(db: sqlite3.Connection, jobs: Iterable[tuple[int, dict[str, Any]]]) -
             db.execute("COMMIT")
 
 
-def enqueue(db: sqlite3.Connection, now: float) -> tuple[int, int]:
+def enqueue(db: Connection, now: float) -> tuple[int, int]:
     """Add what was gathered, all or none, and return the seq of the first and of the last.
 
     Jobs without `run_at` are due at once. Raises QueueError if an id is in use, naming the line.
@@ -376,7 +375,7 @@ def enqueue(db: sqlite3.Connection, now: float) -> tuple[int, int]:
 
 
 def claim(
-    db: sqlite3.Connection,
+    db: Connection,
     worker: str,
     now: float,
     mono: float,
@@ -400,7 +399,7 @@ def claim(
         ).fetchall()
         later = best[0]["later"] if best else next_due_at(db)
         if later is not None and later <= now:  # its time has come: it joins those that are due
-            come_due(db, now)
+            db.execute("UPDATE jobs SET due = 1 WHERE due = 0 AND run_at <= ?", (now,))
             continue
         if not best:
             return None, later
@@ -433,11 +432,7 @@ def claim(
         # rowcount 0: another worker was faster; look again.
 
 
-def come_due(db: sqlite3.Connection, now: float) -> None:
-    db.execute("UPDATE jobs SET due = 1 WHERE due = 0 AND run_at <= ?", (now,))
-
-
-def held_by(db: sqlite3.Connection, worker: str) -> Run | None:
+def held_by(db: Connection, worker: str) -> Run | None:
     """Return the run that a worker holds, or None."""
     row = db.execute(
         """
@@ -451,12 +446,7 @@ def held_by(db: sqlite3.Connection, worker: str) -> Run | None:
 
 
 def finish(
-    db: sqlite3.Connection,
-    run: Run,
-    result: Result,
-    now: float,
-    max_backoff_s: float,
-    jitter: float,
+    db: Connection, run: Run, result: Result, now: float, max_backoff_s: float, jitter: float
 ) -> tuple[str, float] | None:
     """Record how a run ended: (the job's new state, its run_at), or None if it was not its owner's.
 
@@ -526,7 +516,7 @@ def backoff_s(attempts: int, backoff_base: float, max_backoff_s: float) -> float
 # --- cancel, retry, prune --------------------------------------------------------------------
 
 
-def cancel(db: sqlite3.Connection, seq: int, now: float) -> str:
+def cancel(db: Connection, seq: int, now: float) -> str:
     """Cancel a waiting job at once, mark a running one; return its state now.
 
     Raises QueueError if it has settled.
@@ -547,7 +537,7 @@ def cancel(db: sqlite3.Connection, seq: int, now: float) -> str:
     return found["state"]
 
 
-def retry_dead(db: sqlite3.Connection, seqs: list[int] | None, now: float) -> int:
+def retry_dead(db: Connection, seqs: list[int] | None, now: float) -> int:
     """Make dead jobs (None: all of them) pending, due now, with all their runs ahead.
 
     Returns how many; their history stays. All or none: raises QueueError if one is not dead.
@@ -570,7 +560,7 @@ def retry_dead(db: sqlite3.Connection, seqs: list[int] | None, now: float) -> in
 
 
 def prune(
-    db: sqlite3.Connection, states: Iterable[str], before: float, dry_run: bool = False
+    db: Connection, states: Iterable[str], before: float, dry_run: bool = False
 ) -> Iterator[int]:
     """Remove settled jobs that finished before a time, with their history; yield counts.
 
@@ -579,12 +569,12 @@ def prune(
     # A power cut may bring some back: that is no reason to wait for the disk each time.
     db.execute("PRAGMA synchronous = NORMAL")
     db.execute("PRAGMA wal_autocheckpoint = 1000")  # ours to do, before it falls on a worker
-    wanted = [state for state in states if state in SETTLED]
+    wanted = json.dumps([state for state in states if state in SETTLED])
     # "+": walk by seq; the index on state would collect and sort a whole state each time.
-    old = f"finished_at < :before AND +state IN ({marks(wanted)})"
+    old = "finished_at < :before AND +state IN (SELECT value FROM json_each(:wanted))"
     last = 0
     while True:
-        given = {"last": last, "before": before} | numbered(wanted)
+        given = {"last": last, "before": before, "wanted": wanted}
         chosen = f"SELECT seq FROM jobs WHERE seq > :last AND {old} ORDER BY seq LIMIT 250"
         seqs = [row["seq"] for row in db.execute(chosen, given)]
         if not seqs:
@@ -601,26 +591,17 @@ def prune(
         yield count
 
 
-def vacuum(db: sqlite3.Connection) -> None:
+def vacuum(db: Connection) -> None:
     """Give the room of what was removed back to the disk. Who writes meanwhile waits."""
     db.execute("VACUUM")
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-
-
-def marks(values: list[str]) -> str:
-    """Return the named placeholders for a list of values, which `numbered` then gives."""
-    return ", ".join(f":v{n}" for n in range(len(values)))
-
-
-def numbered(values: list[str]) -> dict[str, str]:
-    return {f"v{n}": value for n, value in enumerate(values)}
 
 
 # --- supervisors and workers -----------------------------------------------------------------
 
 
 def register_supervisor(
-    db: sqlite3.Connection,
+    db: Connection,
     host: str,
     boot: str,
     pid: int,
@@ -636,9 +617,7 @@ def register_supervisor(
     ).lastrowid
 
 
-def register_worker(
-    db: sqlite3.Connection, supervisor: int, pid: int, birth: str, now: float
-) -> str:
+def register_worker(db: Connection, supervisor: int, pid: int, birth: str, now: float) -> str:
     """Return the new worker's name, never used before in this queue: w1, w2, ..."""
     with transaction(db):  # in turn: many begin at once
         added = db.execute(
@@ -652,22 +631,22 @@ def register_worker(
     return f"w{added.lastrowid}"
 
 
-def beat(db: sqlite3.Connection, supervisor: int, now: float) -> None:
+def beat(db: Connection, supervisor: int, now: float) -> None:
     db.execute("UPDATE supervisors SET heartbeat_at = ? WHERE id = ?", (now, supervisor))
 
 
-def ask_to_stop(db: sqlite3.Connection, how: int) -> set[int]:
+def ask_to_stop(db: Connection, how: int) -> set[int]:
     """Ask every supervisor to leave: 1 finishes the running jobs, 2 puts them back. Return whom."""
     with transaction(db):
         db.execute("UPDATE supervisors SET stop = max(stop, ?)", (how,))
         return {row["id"] for row in supervisors(db)}
 
 
-def supervisors(db: sqlite3.Connection) -> list[sqlite3.Row]:
+def supervisors(db: Connection) -> list[Row]:
     return db.execute("SELECT * FROM supervisors ORDER BY id").fetchall()
 
 
-def workers(db: sqlite3.Connection) -> list[sqlite3.Row]:
+def workers(db: Connection) -> list[Row]:
     """Return every registered worker, live or not, with its supervisor and its run if any."""
     return db.execute(
         """
@@ -684,12 +663,12 @@ def workers(db: sqlite3.Connection) -> list[sqlite3.Row]:
     ).fetchall()
 
 
-def remove_worker(db: sqlite3.Connection, name: str) -> None:
+def remove_worker(db: Connection, name: str) -> None:
     """Forget a worker that is gone and holds no job."""
     db.execute("DELETE FROM workers WHERE id = ?", (name[1:],))
 
 
-def remove_supervisor(db: sqlite3.Connection, supervisor: int) -> None:
+def remove_supervisor(db: Connection, supervisor: int) -> None:
     """Forget a supervisor that is gone, unless workers of it are still to be settled."""
     db.execute(
         "DELETE FROM supervisors WHERE id = :id AND :id NOT IN (SELECT supervisor FROM workers)",
@@ -710,16 +689,13 @@ RUN = """id, attempt, worker, due_at, started_at, finished_at, outcome, exit_cod
     stderr, stdout_bytes, stderr_bytes, line"""
 
 
-def find(db: sqlite3.Connection, text: str) -> int:
+def find(db: Connection, text: str) -> int:
     """Return the seq of the job with this id, or with the one id that begins so."""
-    text = text.encode(errors="replace").decode()
+    text = text.encode(errors="replace").decode()  # bytes that are no text: no id either
     exact = "SELECT seq, id FROM jobs WHERE id = :text"
     prefix = "SELECT seq, id FROM jobs WHERE id > :text AND id < :text || char(1114111) LIMIT 4"
-    try:
-        rows = db.execute(exact, {"text": text}).fetchall()
-        rows = rows or (db.execute(prefix, {"text": text}).fetchall() if text else [])
-    except UnicodeEncodeError:  # bytes that are no text: no id either
-        rows = []
+    rows = db.execute(exact, {"text": text}).fetchall()
+    rows = rows or (db.execute(prefix, {"text": text}).fetchall() if text else [])
     if not rows:
         raise QueueError(f'no job "{text}"; `list` shows those that are there')
     if len(rows) > 1:
@@ -728,25 +704,24 @@ def find(db: sqlite3.Connection, text: str) -> int:
     return rows[0]["seq"]
 
 
-def job(db: sqlite3.Connection, seq: int) -> sqlite3.Row:
+def job(db: Connection, seq: int) -> Row:
     found = db.execute(f"{JOB} WHERE seq = ?", (seq,)).fetchone()
     if found is None:
         raise QueueError("the job was pruned meanwhile")
     return found
 
 
-def jobs_between(db: sqlite3.Connection, first: int, last: int) -> Iterator[sqlite3.Row]:
+def jobs_between(db: Connection, first: int, last: int) -> Iterator[Row]:
     return db.execute(f"{JOB} WHERE seq BETWEEN ? AND ? ORDER BY seq", (first, last))
 
 
-def jobs_in(db: sqlite3.Connection, states: list[str], limit: int) -> Iterator[sqlite3.Row]:
+def jobs_in(db: Connection, states: list[str], limit: int) -> Iterator[Row]:
     """Return the newest `limit` jobs (-1: all) in these states (none: any), newest first."""
-    where = f"WHERE state IN ({marks(states)})" if states else ""
-    query = f"{JOB} {where} ORDER BY seq DESC LIMIT :limit"
-    return db.execute(query, {"limit": limit} | numbered(states))
+    where = f"WHERE state IN ({', '.join('?' * len(states))})" if states else ""
+    return db.execute(f"{JOB} {where} ORDER BY seq DESC LIMIT ?", (*states, limit))
 
 
-def ready_jobs(db: sqlite3.Connection, now: float, limit: int) -> Iterator[sqlite3.Row]:
+def ready_jobs(db: Connection, now: float, limit: int) -> Iterator[Row]:
     """Return what a worker could take now, in the order in which it would."""
     # Each part by its own index; an OR would read all jobs.
     due = "SELECT seq FROM jobs WHERE due = 1 ORDER BY priority DESC, run_at, seq LIMIT :limit"
@@ -757,20 +732,22 @@ def ready_jobs(db: sqlite3.Connection, now: float, limit: int) -> Iterator[sqlit
     return db.execute(query, {"now": now, "limit": limit})
 
 
-def runs(db: sqlite3.Connection, seq: int) -> list[sqlite3.Row]:
+def runs(db: Connection, seq: int) -> list[Row]:
     return db.execute(f"SELECT {RUN} FROM runs WHERE job = ? ORDER BY id", (seq,)).fetchall()
 
 
-def recent_runs(db: sqlite3.Connection, since: float) -> list[sqlite3.Row]:
-    """Return the last runs that ended after `since`, at most RECENT_RUNS, without their output."""
-    columns = "id, outcome, due_at, started_at, finished_at"
-    newest = f"id > (SELECT max(id) FROM runs) - {RECENT_RUNS}"
+def runs_after(db: Connection, last: int | None, others: Iterable[int] = ()) -> Iterator[Row]:
+    """Return the runs whose number is above `last` (None: of the last RECENT_RUNS), and others."""
     return db.execute(
-        f"SELECT {columns} FROM runs WHERE {newest} AND finished_at > ? ORDER BY id", (since,)
-    ).fetchall()
+        f"""
+        SELECT id, outcome, due_at, started_at, finished_at FROM runs
+        WHERE id > coalesce(:last, (SELECT max(id) FROM runs) - {RECENT_RUNS})
+           OR id IN (SELECT value FROM json_each(:others))""",
+        {"last": last, "others": json.dumps([*others])},
+    )
 
 
-def counts(db: sqlite3.Connection, seqs: Iterable[int] = ()) -> dict[str, int]:
+def counts(db: Connection, seqs: Iterable[int] = ()) -> dict[str, int]:
     """Return the number of jobs (of these, or all) in each state, and the total."""
     if seqs:
         states = [job(db, seq)["state"] for seq in seqs]
@@ -785,11 +762,11 @@ def counts(db: sqlite3.Connection, seqs: Iterable[int] = ()) -> dict[str, int]:
     return {name: found[name] for name in (*STATES, "total")}
 
 
-def summary(db: sqlite3.Connection, now: float, workers: int) -> dict[str, Any]:
+def summary(db: Connection, now: float, workers: int) -> dict[str, Any]:
     """Return the counts, and of the last hour: jobs a minute, success rate, median times."""
     import statistics
 
-    ended = recent_runs(db, now - 3600)
+    ended = [run for run in runs_after(db, None) if (run["finished_at"] or 0) > now - 3600]
     # Of very many runs only the last are looked at; then the time that they took is the span.
     span = 3600 if len(ended) < RECENT_RUNS else max(1, now - ended[0]["finished_at"])
     ended = [run for run in ended if run["outcome"] in ("completed", "failed")]
@@ -805,13 +782,13 @@ def summary(db: sqlite3.Connection, now: float, workers: int) -> dict[str, Any]:
     }
 
 
-def settled(db: sqlite3.Connection) -> bool:
+def settled(db: Connection) -> bool:
     """Say whether no job is pending, failed or processing: nothing is left to do."""
     left = "SELECT 1 FROM jobs WHERE state IN ('pending', 'failed', 'processing') LIMIT 1"
     return db.execute(left).fetchone() is None
 
 
-def next_due_at(db: sqlite3.Connection) -> float | None:
+def next_due_at(db: Connection) -> float | None:
     """Return when the next waiting job comes due, or None if none waits for a time."""
     return db.execute("SELECT min(run_at) FROM jobs WHERE due = 0").fetchone()[0]
 
@@ -827,14 +804,14 @@ BRIEF = """
     FROM jobs"""
 
 
-def data_version(db: sqlite3.Connection) -> int:
+def data_version(db: Connection) -> int:
     """Return a number that changes when another connection has changed the queue."""
     return db.execute("PRAGMA data_version").fetchone()[0]
 
 
 def jobs_page(
-    db: sqlite3.Connection, state: str, text: str, before: int, limit: int, brief: bool = False
-) -> tuple[list[sqlite3.Row], int | None]:
+    db: Connection, state: str, text: str, before: int, limit: int, brief: bool = False
+) -> tuple[list[Row], int | None]:
     """Return (jobs whose seq is below `before`, newest first; the next `before`, None at the end).
 
     `state` and `text` (in the id or the command, in any case) may be "". Only the next SEARCHED
@@ -858,16 +835,15 @@ def jobs_page(
             SELECT seq FROM jobs WHERE id >= :text AND id < :text || char(1114111) AND +{where}
             AND seq < :before LIMIT :limit"""
         seqs += [row[0] for row in db.execute(named, given)]
-    chosen = f"{BRIEF if brief else JOB} WHERE seq IN ({marks(seqs)}) {order} :limit"
-    return db.execute(chosen, numbered(seqs) | {"limit": limit}).fetchall(), rest
+    these = "seq IN (SELECT value FROM json_each(:seqs))"
+    chosen = f"{BRIEF if brief else JOB} WHERE {these} {order} :limit"
+    return db.execute(chosen, {"seqs": json.dumps(seqs), "limit": limit}).fetchall(), rest
 
 
-def lane_runs(
-    db: sqlite3.Connection, since: float, limit: int, also: list[int]
-) -> list[sqlite3.Row]:
+def lane_runs(db: Connection, since: float, limit: int, also: list[int]) -> list[Row]:
     """Return the open runs, the newest `limit` that ended after `since`, and those `also` named."""
     return db.execute(
-        f"""
+        """
         SELECT runs.id, jobs.id AS job, substr(command, 1, 200) AS command, attempt,
                max_retries + 1 AS most, runs.worker, due_at, runs.started_at, runs.finished_at,
                outcome, substr(error, 1, 200) AS error
@@ -876,56 +852,35 @@ def lane_runs(
             SELECT runs.id FROM jobs JOIN runs ON job = seq
             WHERE state = 'processing' AND runs.finished_at IS NULL
             UNION
-            SELECT id FROM runs WHERE id IN ({marks(also)})
+            SELECT value FROM json_each(:also)
             UNION
             SELECT id FROM (
                 SELECT id FROM runs
                 WHERE id > (SELECT max(id) FROM runs) - 2 * :limit AND finished_at > :since
                 ORDER BY id DESC LIMIT :limit))
         ORDER BY runs.id""",
-        {"since": since, "limit": limit} | numbered(also),
+        {"since": since, "limit": limit, "also": json.dumps(also)},
     ).fetchall()
 
 
-def runs_by_minute(db: sqlite3.Connection, since: float) -> list[tuple[int, int, int]]:
+def runs_by_minute(db: Connection, since: float) -> list[tuple[int, int, int]]:
     """Return (minutes since 1970, runs completed in it, failed) of at most RECENT_RUNS runs."""
-    return [
-        tuple(row)
-        for row in db.execute(
-            f"""
-            SELECT CAST(finished_at / 60 AS INTEGER), sum(outcome = 'completed'),
-                   sum(outcome = 'failed')
-            FROM runs
-            WHERE id > (SELECT max(id) FROM runs) - {RECENT_RUNS} AND finished_at > ?
-            GROUP BY 1 ORDER BY 1""",
-            (since,),
-        )
-    ]
+    query = f"""
+        SELECT CAST(finished_at / 60 AS INTEGER), sum(outcome = 'completed'),
+               sum(outcome = 'failed')
+        FROM runs
+        WHERE id > (SELECT max(id) FROM runs) - {RECENT_RUNS} AND finished_at > ?
+        GROUP BY 1 ORDER BY 1"""
+    return [tuple(row) for row in db.execute(query, (since,))]
 
 
-def runs_after(
-    db: sqlite3.Connection, last: int | None, others: Iterable[int]
-) -> Iterator[sqlite3.Row]:
-    """Return the runs whose number is above `last` (None: of the last RECENT_RUNS), and others."""
-    listed = [*others, 0]  # no run's: the list is never empty
-    first = f"coalesce(:last, (SELECT max(id) FROM runs) - {RECENT_RUNS})"
-    columns = "id, outcome, due_at, started_at, finished_at"
-    return db.execute(
-        f"""
-        SELECT {columns} FROM runs WHERE id > {first}
-        UNION ALL
-        SELECT {columns} FROM runs WHERE id IN ({marks(listed)}) AND id <= {first}""",
-        {"last": last} | numbered(listed),
-    )
-
-
-def newest_run(db: sqlite3.Connection, began_by: float) -> int:
+def newest_run(db: Connection, began_by: float) -> int:
     """Return the number of the newest run that had begun by then, or 0."""
     newest = "SELECT id FROM runs WHERE started_at <= ? ORDER BY id DESC LIMIT 1"
     return (db.execute(newest, (began_by,)).fetchone() or [0])[0]
 
 
-def oldest_ready_at(db: sqlite3.Connection, now: float) -> float | None:
+def oldest_ready_at(db: Connection, now: float) -> float | None:
     """Return since when the longest waiting job could have run, or None if none is ready.
 
     One look for each priority, at most a hundred: the index has the earliest of each in front.
@@ -948,7 +903,7 @@ def oldest_ready_at(db: sqlite3.Connection, now: float) -> float | None:
 # --- how a row looks from outside ------------------------------------------------------------
 
 
-def as_object(row: sqlite3.Row) -> dict[str, Any]:
+def as_object(row: Row) -> dict[str, Any]:
     """Return a job, a run or a worker with text for its output and ISO 8601 for its times."""
     found = {}
     for key in row.keys():
@@ -989,7 +944,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def sentence(job: sqlite3.Row, now: float) -> str:
+def sentence(job: Row, now: float) -> str:
     """Say why a job is in its state and what happens next."""
     state, total, ran = job["state"], job["max_retries"] + 1, plural(job["attempts"], "run")
     until = duration_text(job["run_at"] - now) if job["run_at"] > now else ""
@@ -1033,7 +988,7 @@ class Rows(list):
         return self[0] if self else None
 
 
-class Explained(sqlite3.Connection):
+class Explained(Connection):
     """What `connect` opens if `show` is set: each statement is told to it."""
 
     def execute(self, sql: str, values: Any = ()) -> Any:
@@ -1152,7 +1107,7 @@ INVARIANTS = {
 }
 
 
-def check(db: sqlite3.Connection, path: str) -> Iterator[tuple[str, str, str]]:
+def check(db: Connection, path: str) -> Iterator[tuple[str, str, str]]:
     """Check the file and the invariants: yield what holds, what breaks it now or "", what would."""
 
     def found(query: str, where: str = "") -> str:
@@ -1175,18 +1130,12 @@ def check(db: sqlite3.Connection, path: str) -> Iterator[tuple[str, str, str]]:
     yield "the file is whole (PRAGMA integrity_check)", damage, cause
     version = identity(db)[1]
     other = "" if version == VERSION else f"it is {version}"
-    yield (
-        f"its schema is version {VERSION}",
-        other,
-        "another version of queuectl, at work meanwhile",
-    )
+    cause = "another version of queuectl, at work meanwhile"
+    yield f"its schema is version {VERSION}", other, cause
     others = stat.S_IMODE(os.stat(path).st_mode) & 0o022
     remedy = f"chmod go-w {path}" if others else ""
-    yield (
-        "only its owner can write it",
-        remedy,
-        "a chmod: who writes it has commands run as its owner",
-    )
+    cause = "a chmod: who writes it has commands run as its owner"
+    yield "only its owner can write it", remedy, cause
     for name, (query, cause) in INVARIANTS.items():
         yield name, found(query + " LIMIT 3", "found in "), cause
 
