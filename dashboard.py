@@ -419,7 +419,7 @@ class Handler(BaseHTTPRequestHandler):
                 routes[url.path]()
         except database.SQLiteError as error:
             self.send_json({"error": database.error_text(error, self.server.path)}, 503)
-        except (QueueError, ValueError) as error:
+        except (QueueError, ValueError, RecursionError) as error:
             self.send_json({"error": str(error)}, 409 if isinstance(error, QueueError) else 400)
 
     def is_let_in(self, path: str, changes: bool) -> bool:
@@ -440,10 +440,7 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         if not 0 <= length <= BODY_BYTES:
             raise ValueError("the body is too long")
-        try:
-            found = json.loads(self.rfile.read(length))
-        except RecursionError:
-            found = None
+        found = json.loads(self.rfile.read(length))
         if not isinstance(found, dict):
             raise ValueError("the body is to be a JSON object")
         return found
@@ -457,7 +454,7 @@ class Handler(BaseHTTPRequestHandler):
     def events(self) -> None:
         self.send(200, b"", "text/event-stream")
         for text in self.server.watcher.events():
-            self.put(text)
+            self.wfile.write(text)
 
     def metrics(self) -> None:
         with opened(self.server.path) as db:
@@ -550,15 +547,11 @@ class Handler(BaseHTTPRequestHandler):
         if cookie:
             self.send_header("Set-Cookie", cookie)
         self.end_headers()
-        self.put(body)
+        self.wfile.write(body)
 
     def end_headers(self) -> None:
         """Add HEADERS to every answer, the errors of http.server too."""
         for name, value in HEADERS.items():
             self.send_header(name, value.replace("{0}", self.nonce))
-        self.connection.settimeout(SEND_S)
+        self.connection.settimeout(SEND_S)  # for each piece: a slow reader is dropped
         super().end_headers()
-
-    def put(self, data: bytes) -> None:
-        self.connection.settimeout(SEND_S)  # for all of it: a slow reader is dropped
-        self.wfile.write(data)

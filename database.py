@@ -228,18 +228,15 @@ def transaction(db: Connection) -> Iterator[None]:
         yield
         return
     asked = time.perf_counter()  # noqa: F841  # --explain reads it
-    try:
-        with turn():
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:  # SQLite has rolled back by itself after a full disk, say
-                    db.execute("ROLLBACK")
-                raise
-    finally:
-        show_all()
+    with turn():
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:  # SQLite has rolled back by itself after a full disk, say
+                db.execute("ROLLBACK")
+            raise
 
 
 def is_damage(error: Exception) -> bool:
@@ -999,13 +996,12 @@ class Explained(Connection):
 
     def told(self, run: Callable[[str, Any], Any], sql: str, values: Any) -> Any:
         """Execute one statement, and tell it with what it did and cost."""
-        inside, caller = self.in_transaction, sys._getframe(2)
+        inside, frame = self.in_transaction, sys._getframe(2)
         # A BEGIN has waited since its transaction was asked for, first for our turn.
-        began = caller.f_locals.get("asked", 0) if "BEGIN I" in sql else time.perf_counter()
+        began = frame.f_locals.get("asked", 0) if "BEGIN I" in sql else time.perf_counter()
         answer = run(sql, values)
         answer = Rows(answer.fetchall()) if answer.description else answer
         took = (time.perf_counter() - began) * 1000
-        frame = caller
         while re.match("<|transaction|__", frame.f_code.co_name):
             frame = frame.f_back
         function, text = frame.f_code.co_name, inlined(sql, values)
@@ -1024,17 +1020,10 @@ class Explained(Connection):
         place = f"pid {os.getpid():<7}  {f'{function}:{frame.f_lineno}':<20}"
         within = inside and verb not in ("COMMIT", "ROLLBACK")
         UNSHOWN.append((f"{place} {took:8.2f} ms  {effect:<14}  " + "  " * within, text, remark))
-        if not self.in_transaction and caller.f_code is not transaction.__wrapped__.__code__:
-            show_all()
+        if not self.in_transaction:  # while the lock is held nobody waits for a reader
+            show(UNSHOWN)
+            UNSHOWN.clear()
         return answer
-
-
-def show_all() -> None:
-    """Show what has been told, unless --explain is off. `transaction` does so when it is over:
-    while the lock is held nobody waits for a reader."""
-    if UNSHOWN:
-        show(UNSHOWN)
-        UNSHOWN.clear()
 
 
 def inlined(sql: str, values: Any) -> str:

@@ -58,7 +58,6 @@ class Place:
     def close(self) -> None:
         if self.opened is not None:
             self.opened.close()
-            self.opened = None
 
 
 def main() -> int:

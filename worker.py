@@ -62,7 +62,6 @@ class Ending:
         self.kill_at = kill_at  # when, on the monotonic clock, asking turns into SIGKILL
         self.asked: set[int] = set()
         self.last_signal = signal.SIGTERM
-        self.refused = False  # some process may not be signalled; said once
         self.far: FarEnd | None = None  # once nothing is left here
 
 
@@ -378,8 +377,7 @@ class Supervisor:
         refused = push([pid for pid in left if pid != row["pid"]], ending.asked, hard)
         if hard and left:
             ending.last_signal = signal.SIGKILL
-        if refused and not ending.refused:
-            ending.refused = True
+        if refused:
             pids = ", ".join(map(str, refused))
             self.say(row["worker"], row["pid"], "waits", f"process {pids} may not be signalled")
         return not left
@@ -500,14 +498,13 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
                 if sum(row["supervisor_pid"] == process.pid for row in rows) >= count:
                     return process.pid, log
                 time.sleep(0.01)
-        except BaseException:  # Ctrl+C: then nothing is to be left in the background either
+            if process.returncode != 0:
+                file.seek(log_start)
+                said = file.read().decode(errors="replace").strip().removeprefix("Error: ")
+                raise QueueError(f"the workers did not start: {said}; log {log}")
+        except BaseException:  # Ctrl+C, too: then nothing is to be left in the background either
             process.terminate()
             raise
-        if process.returncode != 0:
-            process.terminate()
-            file.seek(log_start)
-            said = file.read().decode(errors="replace").strip().removeprefix("Error: ")
-            raise QueueError(f"the workers did not start: {said}; log {log}")
     return process.pid, log
 
 
@@ -523,9 +520,8 @@ class Desk:
         self.paths = output_paths(path, name)
         self.outputs = [self.make(output) for output in self.paths]
         self.nothing = os.open(os.devnull, os.O_RDONLY)
-        self.bell = database.open_bell(
-            path, os.O_RDWR
-        )  # for writing too: else it ends with each writer
+        # For writing too: else it ends with each writer.
+        self.bell = database.open_bell(path, os.O_RDWR)
 
     def make(self, path: str) -> int:
         # Files, not pipes: a background child cannot block us, memory stays flat, and the
@@ -548,11 +544,6 @@ class Desk:
     def claim(self) -> tuple[Run | None, float | None]:
         dress = partial(launched, self.settings)
         return database.claim(self.db, self.name, time.time(), time.monotonic(), dress)
-
-    def ring(self) -> None:
-        if self.bell is not None:
-            with suppress(BlockingIOError):  # full of rings as it is
-                os.write(self.bell, b"!")
 
 
 def work(supervisor: Supervisor) -> None:
@@ -577,7 +568,9 @@ def work(supervisor: Supervisor) -> None:
             run, next_at = desk.claim()
             if run:
                 if next_at and next_at <= time.time():
-                    desk.ring()  # we took all rings: two jobs that came at once need two workers
+                    database.ring(
+                        desk.path
+                    )  # we took all rings: two jobs that came at once need two workers
                 continue
             if supervisor.drain and database.settled(desk.db):
                 return
@@ -729,13 +722,12 @@ def end_leftovers(desk: Desk) -> None:
     """End what a command left in the background: it would write into the next job's output, and
     run beside the next run of its own job."""
     asked: set[int] = set()
-    told, kill_at = False, time.monotonic() + desk.settings["kill_grace_s"]
+    kill_at = time.monotonic() + desk.settings["kill_grace_s"]
     while left := [pid for pid in session_members(os.getpid()) if pid != os.getpid()]:
         refused = push(left, asked, time.monotonic() >= kill_at)
-        if refused and not told:
+        if refused:
             pids = ", ".join(map(str, refused))
             desk.say("waits", f"process {pids} may not be signalled")
-            told = True
         time.sleep(0.01)
 
 
@@ -764,9 +756,8 @@ def record(db: Any, run: Run, result: Result, settings: Settings) -> tuple[str, 
 
 def output_paths(path: str, worker: str) -> list[str]:
     """Return where a worker's running job writes its stdout and its stderr."""
-    return [
-        os.path.join(database.run_directory(path), f"{worker}.{name}") for name in ("out", "err")
-    ]
+    folder = database.run_directory(path)
+    return [os.path.join(folder, f"{worker}.{name}") for name in ("out", "err")]
 
 
 def make_run_directory(path: str) -> None:
@@ -827,12 +818,10 @@ def read_outputs(path: str, worker: str, limit: int) -> tuple[bytes, bytes, int,
     found = []
     for output in output_paths(path, worker):
         try:
-            handle = database.safe_open(output, os.O_RDONLY)
+            with open(output, "rb", 0, opener=database.safe_open) as file:
+                found.append(read_tail(file.fileno(), limit))
         except OSError:
             found.append((b"", 0))  # somebody removed the directory
-            continue
-        found.append(read_tail(handle, limit))
-        os.close(handle)
     return found[0][0], found[1][0], found[0][1], found[1][1]
 
 
@@ -841,15 +830,14 @@ def live_output(path: str, worker: str, stream: str, start: int, limit: int) -> 
 
     From byte `start` on; but if that is far behind, only the last `limit` bytes.
     """
+    output = output_paths(path, worker)[stream == "stderr"]
     try:
-        handle = database.safe_open(output_paths(path, worker)[stream == "stderr"], os.O_RDONLY)
+        with open(output, "rb", 0, opener=database.safe_open) as file:
+            size = file.seek(0, os.SEEK_END)
+            skipped = size - limit - start if size - start > 2**20 else 0
+            return skipped, os.pread(file.fileno(), 2**20, start + skipped)
     except OSError:
         return 0, b""
-    size = os.fstat(handle).st_size
-    skipped = size - limit - start if size - start > 2**20 else 0
-    data = os.pread(handle, 2**20, start + skipped)
-    os.close(handle)
-    return skipped, data
 
 
 def bound_output(path: str, worker: str, limit: int) -> None:
@@ -988,14 +976,15 @@ def send(pid: int, number: int) -> bool:
 
 
 def push(pids: Iterable[int], asked: set[int], hard: bool) -> list[int]:
-    """Ask each process to end, once, or `hard` end it; return those that may not be signalled."""
+    """Ask each process to end, once, or `hard` end it; return those that may not be signalled,
+    each once."""
     refused = []
     for pid in pids:
         if hard:
-            allowed = send(pid, signal.SIGKILL)
+            allowed = send(pid, signal.SIGKILL) or pid in asked
         else:  # SIGCONT too, for a stopped process does not hear SIGTERM
             allowed = pid in asked or (send(pid, signal.SIGTERM) and send(pid, signal.SIGCONT))
-            asked.add(pid)
+        asked.add(pid)
         refused += [] if allowed else [pid]
     return refused
 
