@@ -59,7 +59,7 @@ class Hands(NamedTuple):
     """What others do for the window; queuectl.py fills it with functions of worker.py."""
 
     live_workers: Callable[[Any], list[Any]]  # (db): rows of database.workers
-    live_output: Callable[[str, str], tuple[int, bytes]]  # (worker, "stdout"): bytes cut, bytes
+    runs_so_far: Callable[[Any, int, int], list[dict]]  # (db, seq, limit): as database.runs
     end_cancelled: Callable[[list[int]], None]  # (seqs): returns when those jobs have ended
 
 
@@ -68,11 +68,6 @@ def opened(path: str) -> closing:
     if not os.path.exists(path):  # connecting would make a new one
         raise QueueError(f"{path} is gone")
     return closing(database.connect(path))
-
-
-def file_number(path: str) -> int | None:
-    with suppress(OSError):
-        return os.stat(path).st_ino
 
 
 def as_json(value: Any) -> bytes:
@@ -105,8 +100,8 @@ class Watcher:
 
     def follow(self, db: Any) -> None:
         """Publish a snapshot whenever something has changed, as long as it is the same file."""
-        file, seen, refresh_at, self.runs = file_number(self.path), None, 0.0, None
-        while self.viewers and not self.stopped and file_number(self.path) == file:
+        file, seen, refresh_at, self.runs = os.stat(self.path).st_ino, None, 0.0, None
+        while self.viewers and not self.stopped and os.stat(self.path).st_ino == file:
             began = time.monotonic()
             workers = self.hands.live_workers(db)  # one that is killed tells the file nothing
             found = database.data_version(db), [row["worker"] for row in workers]
@@ -487,19 +482,11 @@ class Handler(BaseHTTPRequestHandler):
     def job(self, db: Any) -> dict[str, Any]:
         """Return a job object with its runs and its sentence; of an open run the output so far."""
         seq = database.find(db, self.query.get("id", ""))
-        row, runs, live = database.job(db, seq), database.runs(db, seq), {}
-        if runs and runs[-1]["finished_at"] is None:
-            for name in ("stdout", "stderr"):
-                cut, data = self.server.hands.live_output(runs[-1]["worker"], name)
-                live |= {name: data[-OUTPUT_BYTES:], f"{name}_bytes": cut + len(data)}
-            # Only what was read while the run was open is its own; the file serves the next, too.
-            row, runs = database.job(db, seq), database.runs(db, seq)
-            live = live if runs and runs[-1]["finished_at"] is None else {}
+        runs = [as_object(run) for run in self.server.hands.runs_so_far(db, seq, OUTPUT_BYTES)]
+        row = database.job(db, seq)
+        latest = {name: run[name] for run in runs[-1:] for name in ("stdout", "stderr")}
         told = {"sentence": database.sentence(row, time.time())}
-        objects = [as_object(run) for run in runs[:-1]]
-        objects += [as_object(dict(run) | live) for run in runs[-1:]]
-        latest = {name: objects[-1][name] for name in ("stdout", "stderr") if objects}
-        return as_object(row) | latest | told | {"runs": objects}
+        return as_object(row) | latest | told | {"runs": runs}
 
     def retry(self) -> None:
         """{"id": ID} or {"all": true}: start dead jobs over."""

@@ -252,6 +252,7 @@ def error_text(error: Exception, path: str) -> str:
         ("is full", "the disk is full: nothing was changed; make room and try again"),
         ("readonly", "is read-only: nothing was changed; make it writable for this user"),
         ("I/O", "cannot be read or written (disk I/O error); is the disk full, or broken?"),
+        ("No such file", "is gone"),
         ("unable to open", "cannot be opened; is its directory there and writable?"),
         ("is locked", "was locked by another process for too long; try again"),
         ("", f"SQLite says: {error}; `doctor` tells more"),

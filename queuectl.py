@@ -26,6 +26,7 @@ import database
 from config import BadInput, check_setting, parse_duration, parse_number
 from database import duration_text, plural
 
+LIVE_BYTES = 2**20  # of a running job's output, read at one look
 COLOURS = {"completed": "green", "failed": "yellow", "dead": "red", "lost": "red", "trouble": "red"}
 # What a terminal would obey instead of showing: controls, and characters that turn text round.
 LAYOUT = "\n\t"  # what may stay of it in the output of a job
@@ -505,41 +506,27 @@ def logs(
     place: Place, id: str, attempt: int | None, only: str | None, follow: bool, as_json: bool
 ) -> None:
     """Show what a job has printed; while it runs, what there is so far."""
-    seq, limit = database.find(place.db, id), int(place.settings["output_limit_bytes"])
-    streams = [only] if only else ["stdout", "stderr"]
+    seq, streams = database.find(place.db, id), [only] if only else ["stdout", "stderr"]
     tails = {name: Tail(name, only, follow) for name in streams}
-    run = chosen_run(place.db, seq, attempt, follow)
-    while run is None or run["finished_at"] is None:
-        before, worker = run, run["worker"] if run else ""
-        new = {
-            name: place.hands.live_output(place.path, worker, name, each.sent, limit)
-            for name, each in tails.items()
-        }
-        run = chosen_run(place.db, seq, attempt, follow)
-        # Only what was read while the run was open is its own: the file serves the next one too.
-        if before and run["id"] == before["id"] and run["finished_at"] is None:
-            for name, (skipped, data) in new.items():
-                if as_json:
-                    run |= {name: data, name + "_bytes": skipped + len(data)}
-                else:
-                    tails[name].put(skipped, data)
-            if not follow:
-                break
-        if run is None or run["finished_at"] is None:
-            time.sleep(0.1)
+    while True:
+        run = chosen_run(place, seq, attempt, follow)
+        if run and not as_json:
+            for name, tail in tails.items():
+                tail.put(run[name] or b"", run[f"{name}_bytes"] or 0)
+        if run and (run["finished_at"] or not follow):
+            break
+        time.sleep(0.1)
     if as_json:
         emit(database.as_object(run) | {"id": database.job(place.db, seq)["id"]})
-    elif run["finished_at"] is not None:
-        for name, tail in tails.items():
-            tail.put_rest(run[name] or b"", run[name + "_bytes"])
 
 
-def chosen_run(db: Any, seq: int, attempt: int | None, follow: bool) -> dict[str, Any] | None:
+def chosen_run(place: Place, seq: int, attempt: int | None, follow: bool) -> dict[str, Any] | None:
     """Return the latest run (of this attempt), or None if it may still come and is waited for."""
-    runs = [run for run in database.runs(db, seq) if attempt in (None, run["attempt"])]
+    runs = place.hands.runs_so_far(place.db, place.path, seq, LIVE_BYTES)
+    runs = [run for run in runs if attempt in (None, run["attempt"])]
     if runs:
-        return dict(runs[-1])
-    job = database.job(db, seq)
+        return runs[-1]
+    job = database.job(place.db, seq)
     ended = job["state"] in database.SETTLED
     if follow and not ended:
         return None
@@ -556,19 +543,17 @@ class Tail:
         self.follow, self.sent = follow, 0
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def put(self, skipped: int, data: bytes) -> None:
+    def put(self, kept: bytes, written: int) -> None:
+        """Print what is new of a stream of `written` bytes, the last of which are `kept`."""
+        skipped = written - len(kept) - self.sent
+        data = kept[max(0, -skipped) :]
         if data and self.head:
             click.echo(self.head)
         if skipped > 0:
             click.echo(f"[... {skipped} bytes cut ...]")
-        self.sent += max(0, skipped) + len(data)
+        self.sent = max(self.sent, written)
         text = clean(self.decoder.decode(data), keep=LAYOUT)
         click.echo(text, nl=not self.follow and text[-1:] not in ("", "\n"))
-
-    def put_rest(self, kept: bytes, written: int) -> None:
-        """Print what is missing of an ended run, whose last bytes are `kept`."""
-        cut = written - len(kept)
-        self.put(cut - self.sent, kept[max(0, self.sent - cut) :])
 
 
 @cli.command()
@@ -794,10 +779,9 @@ def dashboard_needs(place: Place) -> tuple[str, Any]:
         hands.make_run_directory(path)
     except OSError as error:
         raise database.QueueError(f"{error.filename}: {error.strerror}") from None
-    limit = int(settings["output_limit_bytes"])
     return database.run_directory(path), Hands(
         hands.live_workers,
-        lambda worker, name: hands.live_output(path, worker, name, 0, limit),
+        lambda db, seq, limit: hands.runs_so_far(db, path, seq, limit),
         lambda seqs: hands.await_cancelled(path, settings, print_remark, seqs),
     )
 

@@ -403,8 +403,11 @@ class Supervisor:
             if ending.run not in (None, run.id):
                 outcome, error = NOT_COUNTED  # it had just gone on to another job
             lost = error.startswith("worker lost")  # then nobody knows how the command ended
-            outputs = read_outputs(self.path, name, int(self.settings["output_limit_bytes"]))
-            result = Result(outcome, None if lost else -ending.last_signal, error, *outputs)
+            limit = int(self.settings["output_limit_bytes"])
+            paths = output_paths(self.path, name)
+            (out, out_size), (err, err_size) = [file_tail(path, limit) for path in paths]
+            exit_code = None if lost else -ending.last_signal
+            result = Result(outcome, exit_code, error, out, err, out_size, err_size)
             self.say(name, row["pid"], *record(db, run, result, self.settings))
         elif code:
             self.say(name, row["pid"], "lost", ending.error)
@@ -810,34 +813,32 @@ def turn(folder: int) -> Iterator[None]:
 def read_tail(handle: int, limit: int) -> tuple[bytes, int]:
     """Return the last `limit` bytes of an open file, and its size."""
     size = os.fstat(handle).st_size
-    return os.pread(handle, limit, max(0, size - limit)) if size else b"", size
+    return os.pread(handle, min(size, limit), max(0, size - limit)) if size else b"", size
 
 
-def read_outputs(path: str, worker: str, limit: int) -> tuple[bytes, bytes, int, int]:
-    """Return the outputs of a run that was ended from outside, as Result wants them."""
-    found = []
-    for output in output_paths(path, worker):
-        try:
-            with open(output, "rb", 0, opener=database.safe_open) as file:
-                found.append(read_tail(file.fileno(), limit))
-        except OSError:
-            found.append((b"", 0))  # somebody removed the directory
-    return found[0][0], found[1][0], found[0][1], found[1][1]
-
-
-def live_output(path: str, worker: str, stream: str, start: int, limit: int) -> tuple[int, bytes]:
-    """Return what a running job has written to "stdout" or "stderr": (bytes left out, bytes).
-
-    From byte `start` on; but if that is far behind, only the last `limit` bytes.
-    """
-    output = output_paths(path, worker)[stream == "stderr"]
+def file_tail(path: str, limit: int) -> tuple[bytes, int]:
+    """Return the same of an output file that is not open here; nothing if it is gone."""
     try:
-        with open(output, "rb", 0, opener=database.safe_open) as file:
-            size = file.seek(0, os.SEEK_END)
-            skipped = size - limit - start if size - start > 2**20 else 0
-            return skipped, os.pread(file.fileno(), 2**20, start + skipped)
+        with open(path, "rb", 0, opener=database.safe_open) as file:
+            return read_tail(file.fileno(), limit)
     except OSError:
-        return 0, b""
+        return b"", 0  # somebody removed the directory
+
+
+def runs_so_far(db: Any, path: str, seq: int, limit: int) -> list[dict[str, Any]]:
+    """Return database.runs of a job; an open one with the last `limit` bytes of its output."""
+    runs = [dict(run) for run in database.runs(db, seq)]
+    if not runs or runs[-1]["finished_at"] is not None:
+        return runs
+    for name, output in zip(("stdout", "stderr"), output_paths(path, runs[-1]["worker"])):
+        data, size = file_tail(output, limit)
+        if size > OUTPUT_BOUND:
+            data = data.lstrip(b"\0")  # what `bound_output` has cut reads as zeros
+        runs[-1] |= {name: data, f"{name}_bytes": size}
+    # Only what was read while the run was open is its own: the file serves the next one, too.
+    held = database.held_by(db, runs[-1]["worker"])
+    still_open = held is not None and held.id == runs[-1]["id"]
+    return runs if still_open else [dict(run) for run in database.runs(db, seq)]
 
 
 def bound_output(path: str, worker: str, limit: int) -> None:
