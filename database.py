@@ -570,13 +570,9 @@ def prune(
     wanted = json.dumps([state for state in states if state in SETTLED])
     # "+": walk by seq; the index on state would collect and sort a whole state each time.
     old = "finished_at < :before AND +state IN (SELECT value FROM json_each(:wanted))"
-    last = 0
-    while True:
-        given = {"last": last, "before": before, "wanted": wanted}
-        chosen = f"SELECT seq FROM jobs WHERE seq > :last AND {old} ORDER BY seq LIMIT 250"
-        seqs = [row["seq"] for row in db.execute(chosen, given)]
-        if not seqs:
-            return
+    chosen = f"SELECT seq FROM jobs WHERE seq > :last AND {old} ORDER BY seq LIMIT 250"
+    given = {"last": 0, "before": before, "wanted": wanted}
+    while seqs := [row["seq"] for row in db.execute(chosen, given)]:
         count, given["first"], given["last"] = len(seqs), seqs[0], seqs[-1]
         if not dry_run:
             these = f"seq BETWEEN :first AND :last AND {old}"
@@ -585,7 +581,6 @@ def prune(
                     f"DELETE FROM runs WHERE job IN (SELECT seq FROM jobs WHERE {these})", given
                 )
                 count = db.execute(f"DELETE FROM jobs WHERE {these}", given).rowcount
-        last = seqs[-1]
         yield count
 
 
@@ -599,13 +594,7 @@ def vacuum(db: Connection) -> None:
 
 
 def register_supervisor(
-    db: Connection,
-    host: str,
-    boot: str,
-    pid: int,
-    birth: str,
-    now: float,
-    lock_timeout_s: float = 30.0,
+    db: Connection, host: str, boot: str, pid: int, birth: str, now: float, lock_timeout_s: float
 ) -> int:
     return db.execute(
         """
@@ -889,10 +878,7 @@ def oldest_ready_at(db: Connection, now: float) -> float | None:
         SELECT priority, run_at FROM jobs WHERE due = 1 AND priority < :below
         ORDER BY priority DESC, run_at LIMIT 1"""
     below = 2**63 - 1
-    for _ in range(100):
-        row = db.execute(head, {"below": below}).fetchone()
-        if row is None:
-            break
+    while len(found) < 100 and (row := db.execute(head, {"below": below}).fetchone()):
         below = row["priority"]
         found.append(row["run_at"])
     return min(found, default=None)

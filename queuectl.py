@@ -209,18 +209,12 @@ limit_option = click.option(
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--db", envvar="QUEUECTL_DB", default=database.DEFAULT_PATH, help="The queue file.")
-@click.option(
-    "--config",
-    "settings",
-    envvar="QUEUECTL_CONFIG",
-    default=config.DEFAULT_PATH,
-    help="The settings file.",
-)
+@click.option("--config", envvar="QUEUECTL_CONFIG", default=config.DEFAULT_PATH, help="Settings.")
 @explain_option
 @click.pass_obj
-def cli(place: Place, db: str, settings: str) -> None:
+def cli(place: Place, db: str, config: str) -> None:
     """A background job queue: shell commands in one SQLite file, run by worker processes."""
-    place.path, place.config_path = db, settings
+    place.path, place.config_path = db, config
 
 
 @cli.command()
@@ -676,9 +670,7 @@ def configure(place: Place, words: tuple[str, ...], as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say how many.")
 @click.option("--vacuum", is_flag=True, help="Make the file small; who writes meanwhile waits.")
 @click.pass_obj
-def prune(
-    place: Place, older_than: float, states: tuple[str, ...], dry_run: bool, vacuum: bool
-) -> None:
+def prune(place: Place, older_than: float, states: tuple, dry_run: bool, vacuum: bool) -> None:
     """Remove settled jobs (dead ones only if --state names them) and their history."""
     place.hands.take_turns(place.path)
     count, before, began = 0, time.time() - older_than, time.monotonic()
@@ -727,9 +719,8 @@ def doctor(place: Place, as_json: bool) -> int:
     else:
         for name, problem, cause in found:
             click.echo(clean(f"BROKEN  {name}: {problem}" if problem else f"ok      {name}"))
-            click.secho(
-                f"        {'perhaps' if problem else 'would be'} broken by {cause}", dim=True
-            )
+            chance = "perhaps" if problem else "would be"
+            click.secho(f"        {chance} broken by {cause}", dim=True)
     return int(not ok)
 
 

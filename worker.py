@@ -306,8 +306,7 @@ class Supervisor:
                 self.settle(db, ending)
             elif ending.far and ending.far.tries and self.stopping > 2:
                 self.reap(ending.worker["pid"])  # leave it, as it is, to the next supervisor
-        registered = {row["pid"] for row in workers}
-        for pid in [pid for pid in self.children if pid not in registered]:
+        for pid in self.children.keys() - {row["pid"] for row in workers}:
             self.reap(pid)  # died before it could register: it holds nothing
         for row in supervisors:
             silent = self.silences[row["id"]][1] > row["lock_timeout_s"]

@@ -466,7 +466,7 @@ class Hand:
 
     def __init__(self, path: str):
         self.db, now = database.connect(path, durable=False), time.time()
-        self.supervisor = database.register_supervisor(self.db, "bench", "", 0, "", now)
+        self.supervisor = database.register_supervisor(self.db, "bench", "", 0, "", now, 30)
         self.name = database.register_worker(self.db, self.supervisor, 0, "", now)
         self.run: database.Run | None = None
 

@@ -673,7 +673,7 @@ def test_a_run_that_began_long_before_the_first_look_is_counted_when_it_ends(
     monkeypatch.setattr(database, "RECENT_RUNS", 1)
     add(queue, {}, {}, {}, {})
     db, now, meter = database.connect(queue.path), time.time(), dashboard.Meter()
-    supervisor = database.register_supervisor(db, "elsewhere", "boot", 1, "birth", now)
+    supervisor = database.register_supervisor(db, "elsewhere", "boot", 1, "birth", now, 30)
     slow, quick = (database.register_worker(db, supervisor, 1, "birth", now) for _ in range(2))
     held, _ = database.claim(db, slow, now, 0)
     while run := database.claim(db, quick, now, 0)[0]:

@@ -30,7 +30,7 @@ SETTLED = ["completed", "dead", "cancelled"]
 def opened(path: str) -> Iterator[sqlite3.Connection]:
     """A queue with workers w1 to w4, whose invariants must hold in the end."""
     with closing(database.connect(path)) as db:
-        supervisor = database.register_supervisor(db, "host", "boot", 1, "birth", NOW)
+        supervisor = database.register_supervisor(db, "host", "boot", 1, "birth", NOW, 30)
         names = [database.register_worker(db, supervisor, n, "birth", NOW) for n in range(4)]
         assert names == ["w1", "w2", "w3", "w4"]
         yield db

@@ -141,7 +141,7 @@ class Memory(RuleBasedStateMachine):
 
     @initialize(batch=st.lists(NEW, min_size=1, max_size=4))
     def begin(self, batch: list[dict[str, Any]]) -> None:
-        self.boss = database.register_supervisor(self.db, "host", "boot", 1, "birth", self.now)
+        self.boss = database.register_supervisor(self.db, "host", "boot", 1, "birth", self.now, 30)
         for _ in range(WORKERS):
             self.hire()
         self.add(self.db, batch)

@@ -97,7 +97,7 @@ def claimed(
     db = database.connect(queue.path)
     whose = (owner, worker.process_birth(owner)) if owner else (pid, birth)
     boot = boot or worker.boot_id()
-    supervisor = database.register_supervisor(db, host, boot, *whose, time.time())
+    supervisor = database.register_supervisor(db, host, boot, *whose, time.time(), 30)
     name = database.register_worker(db, supervisor, pid, birth, time.time())
     run, _ = database.claim(db, name, time.time(), time.monotonic())
     return db, run
@@ -643,7 +643,7 @@ def test_a_command_looks_twice_and_loses_no_lock(queue: Queue) -> None:
     db = database.connect(queue.path)
     database.connect(queue.path).close()
     queue.drain()
-    id = database.register_supervisor(db, "elsewhere", "", 1, "", 0)
+    id = database.register_supervisor(db, "elsewhere", "", 1, "", 0, 30)
     other = sqlite3.connect(queue.path)
     assert other.execute("SELECT count(*) FROM supervisors").fetchone() == (1,)
     other.close()
