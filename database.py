@@ -228,15 +228,18 @@ def transaction(db: Connection) -> Iterator[None]:
         yield
         return
     asked = time.perf_counter()  # noqa: F841  # --explain reads it
-    with turn():
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:  # SQLite has rolled back by itself after a full disk, say
-                db.execute("ROLLBACK")
-            raise
+    try:
+        with turn():
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:  # SQLite has rolled back by itself after a full disk, say
+                    db.execute("ROLLBACK")
+                raise
+    finally:
+        show_all()
 
 
 def is_damage(error: Exception) -> bool:
@@ -725,11 +728,14 @@ def runs(db: Connection, seq: int) -> list[Row]:
 
 def runs_after(db: Connection, last: int | None, others: Iterable[int] = ()) -> Iterator[Row]:
     """Return the runs whose number is above `last` (None: of the last RECENT_RUNS), and others."""
+    first = f"coalesce(:last, (SELECT max(id) FROM runs) - {RECENT_RUNS})"
+    columns = "id, outcome, due_at, started_at, finished_at"
     return db.execute(
         f"""
-        SELECT id, outcome, due_at, started_at, finished_at FROM runs
-        WHERE id > coalesce(:last, (SELECT max(id) FROM runs) - {RECENT_RUNS})
-           OR id IN (SELECT value FROM json_each(:others))""",
+        SELECT {columns} FROM runs WHERE id > {first}
+        UNION ALL
+        SELECT {columns} FROM runs
+        WHERE id IN (SELECT value FROM json_each(:others)) AND id <= {first}""",
         {"last": last, "others": json.dumps([*others])},
     )
 
@@ -983,12 +989,13 @@ class Explained(Connection):
 
     def told(self, run: Callable[[str, Any], Any], sql: str, values: Any) -> Any:
         """Execute one statement, and tell it with what it did and cost."""
-        inside, frame = self.in_transaction, sys._getframe(2)
+        inside, caller = self.in_transaction, sys._getframe(2)
         # A BEGIN has waited since its transaction was asked for, first for our turn.
-        began = frame.f_locals.get("asked", 0) if "BEGIN I" in sql else time.perf_counter()
+        began = caller.f_locals.get("asked", 0) if "BEGIN I" in sql else time.perf_counter()
         answer = run(sql, values)
         answer = Rows(answer.fetchall()) if answer.description else answer
         took = (time.perf_counter() - began) * 1000
+        frame = caller
         while re.match("<|transaction|__", frame.f_code.co_name):
             frame = frame.f_back
         function, text = frame.f_code.co_name, inlined(sql, values)
@@ -1007,10 +1014,17 @@ class Explained(Connection):
         place = f"pid {os.getpid():<7}  {f'{function}:{frame.f_lineno}':<20}"
         within = inside and verb not in ("COMMIT", "ROLLBACK")
         UNSHOWN.append((f"{place} {took:8.2f} ms  {effect:<14}  " + "  " * within, text, remark))
-        if not self.in_transaction:  # while the lock is held nobody waits for a reader
-            show(UNSHOWN)
-            UNSHOWN.clear()
+        if not self.in_transaction and caller.f_code is not transaction.__wrapped__.__code__:
+            show_all()
         return answer
+
+
+def show_all() -> None:
+    """Show what has been told, unless --explain is off. `transaction` does so when it is over:
+    while the lock is held nobody waits for a reader."""
+    if UNSHOWN:
+        show(UNSHOWN)
+        UNSHOWN.clear()
 
 
 def inlined(sql: str, values: Any) -> str:

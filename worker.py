@@ -570,9 +570,8 @@ def work(supervisor: Supervisor) -> None:
             run, next_at = desk.claim()
             if run:
                 if next_at and next_at <= time.time():
-                    database.ring(
-                        desk.path
-                    )  # we took all rings: two jobs that came at once need two workers
+                    # We took all rings: two jobs that came at once need two workers.
+                    database.ring(desk.path)
                 continue
             if supervisor.drain and database.settled(desk.db):
                 return
