@@ -81,7 +81,7 @@ def load(path: str) -> dict[str, Any]:
 def stored(path: str) -> dict[str, Any]:
     """Return what the settings file says, under the one spelling of each key."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             found = parse_json(file.read())
         if not isinstance(found, dict):
             raise BadInput(f"must be a JSON object, not {json_kind(found)}")
@@ -302,7 +302,9 @@ FIELDS |= dict.fromkeys(("priority", "max_retries", "backoff_base", "timeout_s")
 def parse_json(text: str) -> Any:
     """Parse JSON, refusing a repeated key (of two values, which one was meant?) and NaN."""
     try:
-        value, end = DECODER.raw_decode(text)  # decode() takes half as long again, for each line
+        # decode() takes half as long again, for each line; but raw_decode() skips no white space.
+        start = len(text) - len(text.lstrip(" \t\r\n"))
+        value, end = DECODER.raw_decode(text, start)
         return value if end == len(text) else DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"not JSON: {error}") from None

@@ -215,6 +215,16 @@ NOT_A_JOB = [
 ]
 
 
+def test_white_space_around_json_is_as_nothing(path):
+    text = ' \n\t{"max_retries": 1}\r\n '
+    assert config.parse_json(text) == {"max_retries": 1}
+    with open(path, "w", encoding="utf-8-sig") as file:  # and a byte order mark
+        file.write(text)
+    assert config.load(path)["max_retries"] == 1
+    with pytest.raises(BadInput, match=r"^not JSON: Extra data: line 2 column 4"):
+        config.parse_json(" \n{} 1")
+
+
 @pytest.mark.parametrize("text, words", NOT_A_JOB, ids=lambda text: text[:50])
 def test_what_is_no_job_is_refused_in_one_line(text, words):
     with pytest.raises(BadInput) as refused:
