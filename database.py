@@ -964,7 +964,7 @@ REMARKS = {
     ("gather", "BEGIN", None): "for a temporary table alone: nobody waits for it",
     ("enqueue", "COMMIT", None): "now it is safe, and its id may be printed",
 }
-LAST_FOUND: dict[str, str] = {}  # by the text of a SELECT
+LAST_FOUND: dict[str, list] = {}  # by the text of a SELECT
 UNSHOWN: list[tuple[str, str, str]] = []  # told, but not yet shown
 
 
@@ -1002,16 +1002,16 @@ class Explained(Connection):
         verb = text.partition(" ")[0]
         if isinstance(answer, Rows):
             changed, effect = None, plural(len(answer), "row")
-            if LAST_FOUND.get(text) == effect:
+            if LAST_FOUND.get(text) == answer:
                 return answer  # idle ones look again and again: what they find is shown once
-            LAST_FOUND[text] = effect
+            LAST_FOUND[text] = answer
         else:
             changed = answer.rowcount if answer.rowcount >= 0 else None
             effect = "" if changed is None else f"{plural(changed, 'row')} changed"
         remark = REMARKS.get((function, verb, changed), "")
         if verb == "BEGIN" and took > 1:
             remark = f"waited {took:.1f} ms for another writer's lock"
-        place = f"pid {os.getpid():<7}  {f'{function}:{frame.f_lineno}':<20}"
+        place = f"pid {os.getpid():<7}  {f'{function}:{frame.f_lineno}':<24}"
         within = inside and verb not in ("COMMIT", "ROLLBACK")
         UNSHOWN.append((f"{place} {took:8.2f} ms  {effect:<14}  " + "  " * within, text, remark))
         if not self.in_transaction and caller.f_code is not transaction.__wrapped__.__code__:
