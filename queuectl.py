@@ -267,6 +267,8 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
     ignored: set[str] = set()
     jobs = config.check_jobs(entries, place.settings, current_directory(), ignored)
     database.gather(place.db, jobs)
+    if not os.path.exists(place.path):  # all this may have taken long
+        raise database.QueueError(f"{place.path} is gone: nothing was enqueued")
     first, last = database.enqueue(place.db, time.time())  # now, when all has come in
     database.ring(place.path, last - first + 1)
     if ignored:
@@ -583,7 +585,7 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
 @click.pass_obj
 def cancel(place: Place, ids: tuple[str, ...]) -> int:
     """Cancel jobs: a waiting one at once, a running one with its whole process tree."""
-    running, failed = [], False
+    running, failed, settings = [], False, place.settings
     for seq in dict.fromkeys([database.find(place.db, id) for id in ids]):
         try:
             if database.cancel(place.db, seq, time.time()) == "processing":
@@ -593,7 +595,7 @@ def cancel(place: Place, ids: tuple[str, ...]) -> int:
         except database.QueueError as error:
             failed = complain(str(error), 1)
     if running:
-        place.hands.await_cancelled(place.path, place.settings, print_remark, running)
+        place.hands.await_cancelled(place.path, settings, print_remark, running)
     for row in [database.job(place.db, seq) for seq in running]:
         click.echo(clean(f"{row['id']} {row['state']}"))
         failed |= row["state"] != "cancelled"  # it ended first
@@ -711,7 +713,11 @@ def doctor(place: Place, as_json: bool) -> int:
 
     Below each stands what would break it.
     """
-    found = list(database.check(place.db, place.path))
+    try:
+        found = list(database.check(place.db, place.path))
+    except database.QueueError as error:
+        cause = "a copy that was cut short, or another program's file"
+        found = [("the file can be opened as a queue", str(error), cause)]
     ok = not any(problem for _, problem, _ in found)
     if as_json:
         keys = "check", "problem", "broken_by"

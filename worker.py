@@ -39,6 +39,7 @@ Say = Callable[[str, int, str, str], None]  # (who, pid, verb, the rest of the l
 
 BUSY_TICK_S = 0.1  # how late a timeout or a cancel may be noticed
 IDLE_TICK_S = 0.5
+TURN_LIMIT_S = 1.0  # for one's turn to write
 STOP_LIMIT_S = 30.0  # for each try of a stop line
 STOP_PAUSE_S = 60.0  # the longest between two tries
 OUTPUT_BOUND = 16 * 2**20  # bytes on disk of an output file, beyond the end of it that is kept
@@ -185,7 +186,8 @@ class Supervisor:
         sentinels = [child.sentinel for pid, child in self.children.items() if pid not in ending]
         handles, busy = [*sentinels, self.wake], self.busy or self.endings
         if not readable(handles, BUSY_TICK_S if busy else IDLE_TICK_S) and not busy:
-            if not self.has_changed():  # then only another supervisor's death could be seen
+            late = time.monotonic() + IDLE_TICK_S > self.beat_at
+            if not self.has_changed() and not late:  # then only a death elsewhere could be seen
                 readable(handles, IDLE_TICK_S)
         drained(self.wake)
 
@@ -266,16 +268,27 @@ class Supervisor:
                 self.say("supervisor", self.pid, "trouble", text)
             if database.is_damage(error):
                 self.asked, self.fatal = max(self.asked, 1), text
-            mono = time.monotonic()
-            for pid, child in list(self.children.items()):
-                alive = child.exitcode is None
-                if alive and self.stopped_for(pid, mono) > self.settings["lock_timeout_s"]:
-                    send(pid, signal.SIGKILL)  # it may hold the lock that we need to judge it
+            limits = dict.fromkeys(self.children, self.settings["lock_timeout_s"])
+            with suppress(OSError, QueueError, database.SQLiteError):  # to read needs no lock
+                for row in database.workers(self.queue()):
+                    watched = is_alive(row, "supervisor_") and not is_stopped(row["supervisor_pid"])
+                    if is_alive(row) and not watched:
+                        limits[row["pid"]] = row["lock_timeout_s"]
+            self.end_stopped(limits, time.monotonic())
+            for pid in list(self.children) if self.stopping else []:
                 if self.stopping > 1:  # nothing can be recorded, but it can be ended
                     push(session_members(pid), set(), hard=True)
-                if self.stopping:
-                    self.reap(pid)  # what it held waits in the database for the next supervisor
+                self.reap(pid)  # what it held waits in the database for the next supervisor
             time.sleep(IDLE_TICK_S)
+
+    def end_stopped(self, limits: dict[int, float], mono: float) -> None:
+        """Kill those of these workers that are stopped (SIGSTOP) for longer than their limit, in
+        seconds: one of them may hold the lock that we need to judge it."""
+        for pid, limit in limits.items():
+            child = self.children.get(pid)
+            if child is None or child.exitcode is None:  # a child's pid is its own until then
+                if self.stopped_for(pid, mono) > limit:
+                    send(pid, signal.SIGKILL)
 
     def tick(self, db: Any, now: float, mono: float) -> None:
         if mono >= self.beat_at:
@@ -306,8 +319,12 @@ class Supervisor:
                 self.settle(db, ending)
             elif ending.far and ending.far.tries and self.stopping > 2:
                 self.reap(ending.worker["pid"])  # leave it, as it is, to the next supervisor
-        for pid in self.children.keys() - {row["pid"] for row in workers}:
-            self.reap(pid)  # died before it could register: it holds nothing
+        unknown = self.children.keys() - {row["pid"] for row in workers}
+        self.end_stopped(dict.fromkeys(unknown, self.settings["lock_timeout_s"]), mono)
+        for pid in unknown:
+            if self.stopping > 1 and self.children[pid].exitcode is None:
+                send(pid, signal.SIGKILL)
+            self.reap(pid)  # ended before it could register: it holds nothing
         for row in supervisors:
             silent = self.silences[row["id"]][1] > row["lock_timeout_s"]
             if silent if is_hidden(row) else not is_alive(row):
@@ -408,8 +425,10 @@ class Supervisor:
             exit_code = None if lost else -ending.last_signal
             result = Result(outcome, exit_code, error, out, err, out_size, err_size)
             self.say(name, row["pid"], *record(db, run, result, self.settings))
+            database.ring(self.path)  # it may be due again, and nobody who sleeps knows of it
         elif code:
-            self.say(name, row["pid"], "lost", ending.error)
+            verb = "stopped" if ending.outcome == "stopped" else "lost"
+            self.say(name, row["pid"], verb, ending.error)
         for output in output_paths(self.path, name):
             with suppress(FileNotFoundError):
                 os.unlink(output)
@@ -503,6 +522,7 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
             if process.returncode != 0:
                 file.seek(log_start)
                 said = file.read().decode(errors="replace").strip().removeprefix("Error: ")
+                said = said if process.returncode else "not ready after 30 s"
                 raise QueueError(f"the workers did not start: {said}; log {log}")
         except BaseException:  # Ctrl+C, too: then nothing is to be left in the background either
             process.terminate()
@@ -694,6 +714,8 @@ def hand_in(desk: Desk, run: Run, result: Result, wanted: Callable[[], bool]) ->
             desk.clear()
             time.sleep(0.5)
     desk.say(*told)
+    if told[0] == "failed":
+        database.ring(desk.path)  # we may be busy at its next time; who sleeps is to know of it
     return following
 
 
@@ -792,8 +814,14 @@ def take_turns(path: str) -> None:
 
     For speed alone: who finds SQLite's lock taken looks again after 1, 2, 5 ... ms, and may be
     unlucky each time; here the kernel sends the next one on as soon as the last one is through.
-    Not for a supervisor: it must not wait for a stopped worker that it is to end.
+    Not for a supervisor: it must not wait for a stopped worker that it is to end. And nobody waits
+    long: who has the turn may have been stopped (Ctrl+Z), and SQLite's lock is the one that counts.
     """
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, too_long)
     with suppress(OSError):  # no run directory: then there are no workers either
         folder = os.open(database.run_directory(path), os.O_RDONLY | os.O_DIRECTORY)
         database.turn = partial(turn, folder)
@@ -801,7 +829,15 @@ def take_turns(path: str) -> None:
 
 @contextmanager
 def turn(folder: int) -> Iterator[None]:
-    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with suppress(TimeoutError):
+            signal.setitimer(signal.ITIMER_REAL, TURN_LIMIT_S)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sqlite3
@@ -249,6 +250,78 @@ database.finish = finish"""
     start_patched(queue, patch)
     eventually(lambda: queue.states()["completed"], "it has run again", 30)
     assert queue.json("show", "a")["runs"][0]["error"].startswith("worker lost")
+
+
+def test_a_worker_and_its_supervisor_are_stopped_with_the_lock_and_others_go_on(
+    queue: Queue,
+) -> None:
+    queue.configure(lock_timeout_s=2, backoff_base=0)
+    queue.start()
+    patch = """
+real = database.finish
+def finish(*arguments):
+    found = real(*arguments)
+    if not os.path.exists("stopped"):
+        open("stopped", "x").close()
+        os.kill(os.getppid(), signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return found
+database.finish = finish"""
+    start_patched(queue, patch)
+
+    def stopped() -> bool:
+        queue.run("enqueue", "--command", "true")
+        return (queue.folder / "stopped").exists()
+
+    eventually(stopped, "one of the jobs is the patched worker's")
+    eventually(lambda: queue.states()["processing"] == queue.states()["pending"] == 0, "", 40)
+    queue.supervisors[1].send_signal(signal.SIGCONT)
+
+
+def test_a_worker_is_stopped_before_it_is_registered_and_another_takes_its_place(
+    queue: Queue,
+) -> None:
+    queue.configure(lock_timeout_s=2)
+    enqueue(queue, "a", "true")
+    patch = """
+real = worker.take_turns
+def take_turns(path):
+    real(path)
+    if not os.path.exists("stopped"):
+        open("stopped", "x").close()
+        with database.turn():
+            os.kill(os.getpid(), signal.SIGSTOP)
+worker.take_turns = take_turns"""
+    start_patched(queue, patch)
+    eventually(lambda: queue.states()["completed"], "it has run", 30)
+
+
+def test_somebody_keeps_the_turn_to_write_and_nobody_waits_for_long(queue: Queue) -> None:
+    """As a `prune` does that was stopped (Ctrl+Z) between two transactions."""
+    enqueue(queue, "a", "true")
+    os.mkdir(queue.path + ".run", 0o700)
+    folder = os.open(queue.path + ".run", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        queue.start(count=2)
+        eventually(lambda: queue.states()["completed"], "it has run")
+        queue.run("prune", "--older-than", "0s", check=0)
+        assert queue.states()["total"] == 0
+    finally:
+        os.close(folder)
+
+
+def test_a_job_that_is_to_run_again_is_told_to_those_who_sleep(queue: Queue) -> None:
+    """Not only its own worker must know when: that one may be busy by then, or gone."""
+    queue.configure(poll_interval_ms=60_000, backoff_base=0.5, backoff_jitter=0, kill_grace_s=0)
+    queue.start(count=2)
+    enqueue(queue, "a", "echo by $PPID > by; exec sleep 60")
+    eventually((queue.folder / "by").exists, "it has begun")
+    pid = int((queue.folder / "by").read_text().split()[1])
+    (queue.folder / "by").unlink()
+    os.kill(pid, signal.SIGKILL)
+    eventually((queue.folder / "by").exists, "it has begun again", 20)
+    queue.run("cancel", "a", check=0)
 
 
 def test_a_runs_output_is_there_until_its_result_is(

@@ -313,6 +313,34 @@ def test_only_as_many_jobs_are_listed_as_asked_for(standing: Queue) -> None:
     assert ids("--state", "dead", "--state", "cancelled") == ["called off", "evil"]
 
 
+def test_doctor_says_of_a_file_that_was_cut_short_what_is_wrong(tmp_path: Path) -> None:
+    queue = Queue(tmp_path)
+    queue.run("init", check=0)
+    os.truncate(queue.path, 4096)
+    said = queue.run("doctor", check=1).stdout.splitlines()
+    assert said[0].startswith("BROKEN  the file can be opened as a queue: ")
+    assert said[1].startswith("        perhaps broken by a copy that was cut short")
+    assert json.loads(queue.run("doctor", "--json", check=1).stdout)["ok"] is False
+
+
+def test_a_queue_that_is_removed_meanwhile_acknowledges_nothing(tmp_path: Path) -> None:
+    queue = Queue(tmp_path)
+    queue.run("init", check=0)
+    process = subprocess.Popen(
+        [*QUEUECTL, "enqueue", "--lines", "--file", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=queue.environment,
+    )
+    wal = Path(queue.path + "-wal")
+    eventually(wal.exists, "it has opened the queue and waits for its input")
+    for name in ("queue.db", "queue.db-wal", "queue.db-shm"):
+        (tmp_path / name).unlink()
+    said, remarks = process.communicate(b"echo lost\n", timeout=30)
+    assert (process.returncode, said) == (1, b"") and b"is gone: nothing was enqueued" in remarks
+
+
 def test_doctor_names_the_invariant_that_is_broken(tmp_path: Path) -> None:
     queue = Queue(tmp_path)
     queue.run("enqueue", "--command", "true", "--id", "odd", check=0)
@@ -962,6 +990,12 @@ def test_the_statements_of_a_transaction_stand_between_its_brackets(queue: Queue
         "worker = 'w1'" in update and "WHERE seq = 1 AND state IN ('pending', 'failed')" in update
     )
     assert insert[at : at + 13] == "  INSERT INTO" and commit[at:] == "COMMIT"
+
+
+def test_each_look_that_finds_something_else_is_shown(queue: Queue) -> None:
+    queue.run("enqueue", "--file", "-", "--lines", stdin="true\n" * 4, check=0)
+    shown = queue.run("--explain", "worker", "start", "--drain", check=0).stderr
+    assert len(re.findall(r" claim:\d+ .*SELECT seq, id AS job", shown)) == 5, "one found nothing"
 
 
 def test_two_workers_race_for_one_job_and_it_is_seen(queue: Queue) -> None:
