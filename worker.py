@@ -589,8 +589,9 @@ def work(supervisor: Supervisor) -> None:
         try:
             run, next_at = desk.claim()
             if run:
-                if next_at and next_at <= time.time():
-                    # We took all rings: two jobs that came at once need two workers.
+                if next_at:
+                    # We took all rings: two jobs that came at once need two workers, and one that
+                    # waits for its time needs somebody who knows of it.
                     database.ring(desk.path)
                 continue
             if supervisor.drain and database.settled(desk.db):
@@ -714,8 +715,6 @@ def hand_in(desk: Desk, run: Run, result: Result, wanted: Callable[[], bool]) ->
             desk.clear()
             time.sleep(0.5)
     desk.say(*told)
-    if told[0] == "failed":
-        database.ring(desk.path)  # we may be busy at its next time; who sleeps is to know of it
     return following
 
 

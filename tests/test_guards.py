@@ -312,16 +312,29 @@ def test_somebody_keeps_the_turn_to_write_and_nobody_waits_for_long(queue: Queue
 
 
 def test_a_job_that_is_to_run_again_is_told_to_those_who_sleep(queue: Queue) -> None:
-    """Not only its own worker must know when: that one may be busy by then, or gone."""
+    """Its supervisor is killed with its worker; another settles the job, whose worker is idle."""
     queue.configure(poll_interval_ms=60_000, backoff_base=0.5, backoff_jitter=0, kill_grace_s=0)
-    queue.start(count=2)
-    enqueue(queue, "a", "echo by $PPID > by; exec sleep 60")
-    eventually((queue.folder / "by").exists, "it has begun")
-    pid = int((queue.folder / "by").read_text().split()[1])
-    (queue.folder / "by").unlink()
+    lost = queue.start()
+    enqueue(queue, "a", "echo $QUEUECTL_ATTEMPT > by; exec sleep 60")
+    begun = queue.folder / "by"
+    eventually(begun.exists, "it has begun")
+    queue.start()
+    [pid] = [row["pid"] for row in queue.workers() if row["job"]]
+    lost.kill()
     os.kill(pid, signal.SIGKILL)
-    eventually((queue.folder / "by").exists, "it has begun again", 20)
+    eventually(lambda: begun.read_text() == "2\n", "it has begun again", 20)
     queue.run("cancel", "a", check=0)
+
+
+def test_a_retry_is_told_to_those_who_sleep_for_its_worker_may_be_busy(queue: Queue) -> None:
+    queue.configure(poll_interval_ms=60_000, backoff_base=1, backoff_jitter=0, kill_grace_s=0)
+    supervisor = queue.start(count=2)
+    for n in range(4):  # who gets the second job is left to chance
+        enqueue(queue, f"retry{n}", "test $QUEUECTL_ATTEMPT = 2")
+        eventually(lambda n=n: f"retry{n}: exit code 1" in supervisor.log.read_text(), "it failed")
+        enqueue(queue, f"busy{n}", "exec sleep 60")
+        eventually(lambda n=n: queue.state(f"retry{n}") == "completed", "the other has run it", 20)
+        queue.run("cancel", f"busy{n}", check=0)
 
 
 def test_a_runs_output_is_there_until_its_result_is(
