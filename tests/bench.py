@@ -5,7 +5,7 @@
 Each row has a figure of queuectl, one of a rival, an ideal or a target, their ratio, and what the
 ratio should be. Figures are medians, with the lowest and highest in brackets; ratios are medians of
 the rounds' ratios. Rivals (xargs, parallel, tsp, nq) are used if they are here: apt-get install
-findutils parallel task-spooler nq. It takes some three minutes on two shared cores; `--long`
+findutils parallel task-spooler nq. It takes three to four minutes on two shared cores; `--long`
 prunes all of a million jobs instead of a quarter, and takes more than a minute longer.
 """
 

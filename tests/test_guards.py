@@ -273,9 +273,11 @@ database.finish = finish"""
         queue.run("enqueue", "--command", "true")
         return (queue.folder / "stopped").exists()
 
-    eventually(stopped, "one of the jobs is the patched worker's")
-    eventually(lambda: queue.states()["processing"] == queue.states()["pending"] == 0, "", 40)
-    queue.supervisors[1].send_signal(signal.SIGCONT)
+    try:
+        eventually(stopped, "one of the jobs is the patched worker's")
+        eventually(lambda: queue.states()["completed"] == queue.states()["total"], "all done", 40)
+    finally:
+        queue.supervisors[1].send_signal(signal.SIGCONT)
 
 
 def test_a_worker_is_stopped_before_it_is_registered_and_another_takes_its_place(
