@@ -503,9 +503,9 @@ def logs(
 ) -> None:
     """Show what a job has printed; while it runs, what there is so far."""
     seq, streams = database.find(place.db, id), [only] if only else ["stdout", "stderr"]
-    tails = {name: Tail(name, only, follow) for name in streams}
+    tails, run = {name: Tail(name, only, follow) for name in streams}, None
     while True:
-        run = chosen_run(place, seq, attempt, follow)
+        run = chosen_run(place, seq, attempt, follow, run)
         if run and not as_json:
             for name, tail in tails.items():
                 tail.put(run[name] or b"", run[f"{name}_bytes"] or 0)
@@ -516,10 +516,14 @@ def logs(
         emit(database.as_object(run) | {"id": database.job(place.db, seq)["id"]})
 
 
-def chosen_run(place: Place, seq: int, attempt: int | None, follow: bool) -> dict[str, Any] | None:
-    """Return the latest run (of this attempt), or None if it may still come and is waited for."""
+def chosen_run(
+    place: Place, seq: int, attempt: int | None, follow: bool, known: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Return the latest run (of this attempt; or the known one, as it is now), or None if it may
+    still come and is waited for."""
     runs = place.hands.runs_so_far(place.db, place.path, seq, LIVE_BYTES)
     runs = [run for run in runs if attempt in (None, run["attempt"])]
+    runs = [run for run in runs if known is None or run["id"] == known["id"]]
     if runs:
         return runs[-1]
     job = database.job(place.db, seq)
@@ -772,10 +776,7 @@ def dashboard_needs(place: Place) -> tuple[str, Any]:
 
     place.db.close()  # made if need be; the window opens its own
     settings, path, hands = place.settings, place.path, place.hands
-    try:
-        hands.make_run_directory(path)
-    except OSError as error:
-        raise database.QueueError(f"{error.filename}: {error.strerror}") from None
+    hands.make_run_directory(path)
     return database.run_directory(path), Hands(
         hands.live_workers,
         lambda db, seq, limit: hands.runs_so_far(db, path, seq, limit),

@@ -785,12 +785,16 @@ def output_paths(path: str, worker: str) -> list[str]:
 def make_run_directory(path: str) -> None:
     """Make it, private, with the bell in it.
 
-    Raises QueueError where others could write: they could put commands there for us to run.
+    Raises QueueError if it cannot be made, and where others could write: they could put commands
+    there for us to run.
     """
     folder, parents = database.run_directory(path), {os.path.dirname(os.path.abspath(path))}
     parents.add(os.path.dirname(folder))  # another one, if the path is a link
-    with suppress(FileExistsError):
-        os.mkdir(folder, 0o700)
+    try:
+        with suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+    except OSError as error:
+        raise QueueError(f"{folder} cannot be made: {error.strerror}") from None
     if not os.path.isdir(folder) or os.path.islink(folder):
         raise QueueError(f"{folder} is not a directory; remove it")
     for place in (path, folder, *sorted(parents)):

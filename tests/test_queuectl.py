@@ -11,6 +11,7 @@ import re
 import select
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -932,6 +933,24 @@ def test_logs_follow_a_job_from_before_its_start_to_its_end(queue: Queue) -> Non
     out, err = follower.communicate(timeout=DEADLINE_S)
     assert (sorted(out.split()), err, follower.returncode) == ([b"end", b"late"], b"", 0)
     queue.run("wait", "slow", "--timeout", "30s", check=0)
+
+
+def test_logs_that_follow_a_run_stay_with_it_when_the_next_has_begun(queue: Queue) -> None:
+    queue.configure(backoff_base=0, backoff_jitter=0)
+    wait = "until [ -e go$QUEUECTL_ATTEMPT ]; do sleep 0.02; done"
+    command = f"echo run $QUEUECTL_ATTEMPT; {wait}; echo end; test $QUEUECTL_ATTEMPT = 2"
+    queue.run("enqueue", "--command", command, "--id", "twice", check=0)
+    words = [*QUEUECTL, "logs", "twice", "--follow"]
+    follower = subprocess.Popen(words, stdout=subprocess.PIPE, env=queue.environment)
+    queue.start()
+    assert follower.stdout.readline() == b"run 1\n"
+    follower.send_signal(signal.SIGSTOP)
+    (queue.folder / "go1").touch()
+    eventually(lambda: "run 2" in queue.run("logs", "twice").stdout, "the next has begun")
+    follower.send_signal(signal.SIGCONT)
+    assert follower.communicate(timeout=DEADLINE_S)[0] == b"end\n"
+    (queue.folder / "go2").touch()
+    queue.run("wait", "twice", "--timeout", "30s", check=0)
 
 
 def test_workers_in_the_background_are_listed_cancelled_under_and_stopped(queue: Queue) -> None:
