@@ -806,15 +806,15 @@ def test_counts_change_live_while_workers_run(window: Window, tab: Callable) -> 
     assert "token" not in page.url, "the secret leaves the address bar"
     eventually(lambda: page.is_visible("text=The queue is empty"))
     window.queue.run("enqueue", "--command", "exit 1", "--max-retries", "0", check=0)
-    add(window.queue, *({"command": "sleep 0.05"} for _ in range(20)))
-    eventually(lambda: count_of(page, "pending") == 21)
-    assert page.is_visible("text=No worker is running, and 21 jobs wait")
+    add(window.queue, *({"command": "sleep 0.05"} for _ in range(60)))
+    eventually(lambda: count_of(page, "pending") == 61)
+    assert page.is_visible("text=No worker is running, and 61 jobs wait")
     seen = set()
     window.queue.start(count=2)
-    eventually(lambda: seen.add(count_of(page, "completed")) or max(seen) == 20)
+    eventually(lambda: seen.add(count_of(page, "completed")) or max(seen) == 60)
     assert len(seen) > 2, "it was live in between, too"
-    assert count_of(page, "dead") == 1 and count_of(page, "") == 21
-    eventually(lambda: page.text_content("#success") == "95.2%")
+    assert count_of(page, "dead") == 1 and count_of(page, "") == 61
+    eventually(lambda: page.text_content("#success") == "98.4%")
     assert page.text_content("#workers") == "2 workers" and not page.is_visible("#idle")
     assert "21 runs ended, 1 of them failed" in page.get_attribute("#chart", "aria-label")
 
