@@ -249,13 +249,15 @@ def is_damage(error: Exception) -> bool:
 
 def error_text(error: Exception, path: str) -> str:
     """Say what an error of SQLite means for the queue, and what to do."""
+    if isinstance(error, OSError):  # of a file beside it, perhaps
+        why = "is gone" if isinstance(error, FileNotFoundError) else error.strerror
+        return f"{error.filename or path}: {why}"
     for sign, meaning in (
         ("not a database", "is not a queue: not a SQLite database; use another --db"),
         ("malformed", "is damaged; `doctor` tells more; restore it from a copy"),
         ("is full", "the disk is full: nothing was changed; make room and try again"),
         ("readonly", "is read-only: nothing was changed; make it writable for this user"),
         ("I/O", "cannot be read or written (disk I/O error); is the disk full, or broken?"),
-        ("No such file", "is gone"),
         ("unable to open", "cannot be opened; is its directory there and writable?"),
         ("is locked", "was locked by another process for too long; try again"),
         ("", f"SQLite says: {error}; `doctor` tells more"),

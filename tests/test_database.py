@@ -607,6 +607,13 @@ def test_an_older_queue_is_brought_up_step_by_step_and_keeps_its_jobs(path, monk
             assert migrated.execute("PRAGMA user_version").fetchone()[0] == old + 2
 
 
+def test_an_error_of_another_file_names_that_file():
+    for number, why in ((2, "is gone"), (13, "Permission denied")):
+        error = OSError(number, os.strerror(number), "/there/q.db.run/w1.out")
+        assert database.error_text(error, "/there/q.db") == f"/there/q.db.run/w1.out: {why}"
+    assert database.error_text(OSError(12, "no memory"), "/q.db") == "/q.db: no memory"
+
+
 def test_a_migration_that_fails_half_way_leaves_the_queue_as_it_was(db, path, monkeypatch):
     add(db, {})
     before, old = memory(db), database.VERSION
