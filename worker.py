@@ -272,7 +272,7 @@ class Supervisor:
             with suppress(OSError, QueueError, database.SQLiteError):  # to read needs no lock
                 for row in database.workers(self.queue()):
                     watched = is_alive(row, "supervisor_") and not is_stopped(row["supervisor_pid"])
-                    if is_alive(row) and not watched:
+                    if is_alive(row) and not watched:  # nobody else would end it
                         limits[row["pid"]] = row["lock_timeout_s"]
             self.end_stopped(limits, time.monotonic())
             for pid in list(self.children) if self.stopping else []:
@@ -773,7 +773,7 @@ def record(db: Any, run: Run, result: Result, settings: Settings) -> tuple[str, 
     return verb, told
 
 
-# --- the run directory: bell, outputs, log ---------------------------------------------------
+# --- the run directory: outputs, log, turns --------------------------------------------------
 
 
 def output_paths(path: str, worker: str) -> list[str]:

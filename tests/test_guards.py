@@ -28,6 +28,18 @@ import database, queuectl, worker
 sys.exit(queuectl.main())
 """
 
+# A worker stops once, with the lock in its hands.
+STOP_IN_FINISH = """
+real = database.finish
+def finish(*arguments):
+    found = real(*arguments)
+    if not os.path.exists("stopped"):
+        open("stopped", "x").close()
+        {0}
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return found
+database.finish = finish"""
+
 
 def start_patched(queue: Queue, patch: str) -> None:
     """`worker start` with a change worked in; the queue's last check ends it."""
@@ -238,16 +250,7 @@ database.claim = claim"""
 def test_a_worker_is_stopped_with_the_lock_in_its_hands_and_the_others_go_on(queue: Queue) -> None:
     queue.configure(lock_timeout_s=2, backoff_base=0)
     enqueue(queue, "a", "true")
-    patch = """
-real = database.finish
-def finish(*arguments):
-    found = real(*arguments)
-    if not os.path.exists("stopped"):
-        open("stopped", "x").close()
-        os.kill(os.getpid(), signal.SIGSTOP)
-    return found
-database.finish = finish"""
-    start_patched(queue, patch)
+    start_patched(queue, STOP_IN_FINISH.format("pass"))
     eventually(lambda: queue.states()["completed"], "it has run again", 30)
     assert queue.json("show", "a")["runs"][0]["error"].startswith("worker lost")
 
@@ -257,17 +260,7 @@ def test_a_worker_and_its_supervisor_are_stopped_with_the_lock_and_others_go_on(
 ) -> None:
     queue.configure(lock_timeout_s=2, backoff_base=0)
     queue.start()
-    patch = """
-real = database.finish
-def finish(*arguments):
-    found = real(*arguments)
-    if not os.path.exists("stopped"):
-        open("stopped", "x").close()
-        os.kill(os.getppid(), signal.SIGSTOP)
-        os.kill(os.getpid(), signal.SIGSTOP)
-    return found
-database.finish = finish"""
-    start_patched(queue, patch)
+    start_patched(queue, STOP_IN_FINISH.format("os.kill(os.getppid(), signal.SIGSTOP)"))
 
     def stopped() -> bool:
         queue.run("enqueue", "--command", "true")
