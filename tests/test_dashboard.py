@@ -816,7 +816,7 @@ def test_counts_change_live_while_workers_run(window: Window, tab: Callable) -> 
     assert count_of(page, "dead") == 1 and count_of(page, "") == 61
     eventually(lambda: page.text_content("#success") == "98.4%")
     assert page.text_content("#workers") == "2 workers" and not page.is_visible("#idle")
-    assert "21 runs ended, 1 of them failed" in page.get_attribute("#chart", "aria-label")
+    assert "61 runs ended, 1 of them failed" in page.get_attribute("#chart", "aria-label")
 
 
 def test_lanes_show_two_workers_at_once_and_never_one_job_twice(
