@@ -8,12 +8,16 @@ that `enqueue` starts fast.
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # Ctrl+C while all this is being loaded ends it, without a traceback
+    sys.excepthook = lambda *e: e[0] is KeyboardInterrupt or sys.__excepthook__(*e)
+
 import codecs
 import errno
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext

@@ -1034,3 +1034,18 @@ def test_nothing_in_a_job_steers_the_terminal_through_explain(queue: Queue) -> N
     shown = queue.run("--explain", "list", check=0)
     queue.run("--explain", "worker", "start", "--drain", check=0)
     assert "\x1b" not in done.stderr + shown.stderr + shown.stdout
+
+
+def test_ctrl_c_while_it_is_still_loading_ends_it_without_a_traceback(queue: Queue) -> None:
+    # Python runs this before the program: it presses Ctrl+C in the middle of its imports.
+    (queue.folder / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'database':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    queue.environment["PYTHONPATH"] = str(queue.folder)
+    done = queue.run("status")
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
