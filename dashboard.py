@@ -1,7 +1,7 @@
 """The window: one page, its live events, a JSON interface and metrics, over HTTP.
 
 Owns routes, headers, who is let in, and what is sent to whom when. Must not hold SQL (database.py
-does), print, or touch processes: what it needs done by the hands comes in as `Hands`.
+does), print, or touch processes: the hands (worker.py) that do this for it are handed in.
 
     watcher, one thread     looks, while somebody watches, whether the queue has changed; if so,
       |                     takes one snapshot for all
@@ -24,11 +24,12 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BufferedReader
 from itertools import accumulate
 from socketserver import TCPServer
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import database
@@ -55,14 +56,6 @@ HEADERS = {  # of every answer: what a browser may do with it, which is little
 }
 
 
-class Hands(NamedTuple):
-    """What others do for the window; queuectl.py fills it with functions of worker.py."""
-
-    live_workers: Callable[[Any], list[Any]]  # (db): rows of database.workers
-    runs_so_far: Callable[[Any, int, int], list[dict]]  # (db, seq, limit): as database.runs
-    end_cancelled: Callable[[list[int]], None]  # (seqs): returns when those jobs have ended
-
-
 def opened(path: str) -> closing:
     """Return a connection for one look, for `with`; raises QueueError if there is no queue."""
     if not os.path.exists(path):  # connecting would make a new one
@@ -77,7 +70,7 @@ def as_json(value: Any) -> bytes:
 class Watcher:
     """Sees that the queue has changed, and keeps one snapshot as all viewers get it."""
 
-    def __init__(self, path: str, hands: Hands):
+    def __init__(self, path: str, hands: Any):
         self.path, self.hands = path, hands
         self.news, self.sharing = threading.Condition(), threading.Lock()
         self.viewers, self.version, self.stopped = 0, 0, False
@@ -248,8 +241,9 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads, request_queue_size = True, 128
 
-    def __init__(self, path: str, host: str, port: int, folder: str, hands: Hands):
-        """Raises QueueError if the address cannot be had. `folder`, private, keeps the token."""
+    def __init__(self, path: str, host: str, port: int, hands: Any, settings: Any, say: Any):
+        """Raises QueueError if the address cannot be had. The hands need `settings` and `say`."""
+        hands.make_run_directory(path)  # private: it keeps the token
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), Handler)
@@ -262,10 +256,12 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()  # guards the next three
         self.connections, self.waiting = 0, {}  # waiting: those that have not asked yet, by age
         self.ending: set[int] = set()  # seqs of running jobs that are being cancelled
+        self.await_cancelled = partial(hands.await_cancelled, path, settings, say)
         self.is_loopback = ipaddress.ip_address(ip).is_loopback
         self.is_everywhere = ipaddress.ip_address(ip).is_unspecified
         name = socket.gethostname() if self.is_everywhere else host
         self.host = (f"[{name}]" if ":" in name else name).lower() + f":{self.port}"
+        folder = database.run_directory(path)
         self.token_path = os.path.join(folder, f"dashboard-{self.port}.token")
         self.token = kept_token(self.token_path)
         self.cookie = f"queuectl_{self.port}={self.token}"  # browsers share them between ports
@@ -482,8 +478,8 @@ class Handler(BaseHTTPRequestHandler):
     def job(self, db: Any) -> dict[str, Any]:
         """Return a job object with its runs and its sentence; of an open run the output so far."""
         seq = database.find(db, self.query.get("id", ""))
-        runs = [as_object(run) for run in self.server.hands.runs_so_far(db, seq, OUTPUT_BYTES)]
-        row = database.job(db, seq)
+        found = self.server.hands.runs_so_far(db, self.server.path, seq, OUTPUT_BYTES)
+        runs, row = [as_object(run) for run in found], database.job(db, seq)
         latest = {name: run[name] for run in runs[-1:] for name in ("stdout", "stderr")}
         told = {"sentence": database.sentence(row, time.time())}
         return as_object(row) | latest | told | {"runs": runs}
@@ -513,7 +509,7 @@ class Handler(BaseHTTPRequestHandler):
         """Its supervisor ends it; if that is gone, this does."""
         try:
             with suppress(QueueError, OSError, database.SQLiteError):
-                self.server.hands.end_cancelled([seq])
+                self.server.await_cancelled([seq])
         finally:
             self.server.ending.discard(seq)
 

@@ -754,7 +754,8 @@ def dashboard(place: Place, port: int, host: str, opening: bool) -> None:
 
     from dashboard import Server
 
-    server = Server(place.path, host, port, *dashboard_needs(place))
+    place.db.close()  # made if need be; the window opens its own
+    server = Server(place.path, host, port, place.hands, place.settings, print_remark)
     # A signal leaves a byte in the pipe: so none is lost, whenever it comes.
     wake, wake_write = place.hands.quiet_pipe()
     signal.set_wakeup_fd(wake_write)
@@ -772,20 +773,6 @@ def dashboard(place: Place, port: int, host: str, opening: bool) -> None:
         webbrowser.open(server.address.replace(server.token, server.ticket))
     select.select([wake], [], [])
     server.close()
-
-
-def dashboard_needs(place: Place) -> tuple[str, Any]:
-    """Return the private directory of the queue, and the hands that the window asks for."""
-    from dashboard import Hands
-
-    place.db.close()  # made if need be; the window opens its own
-    settings, path, hands = place.settings, place.path, place.hands
-    hands.make_run_directory(path)
-    return database.run_directory(path), Hands(
-        hands.live_workers,
-        lambda db, seq, limit: hands.runs_so_far(db, path, seq, limit),
-        lambda seqs: hands.await_cancelled(path, settings, print_remark, seqs),
-    )
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ import pytest
 from conftest import DEADLINE_S, ROOT, Queue, eventually, put_in
 from prometheus_client.parser import text_string_to_metric_families
 
+import config
 import dashboard
 import database
-import queuectl
+import worker
 
 NEVER = dict(max_retries=0, backoff_base=0, backoff_jitter=0)
 
@@ -115,11 +116,9 @@ def window(queue: Queue) -> Iterator[Window]:
 @pytest.fixture
 def server(queue: Queue) -> Iterator[dashboard.Server]:
     """A dashboard in this process, whose parts can be watched and whose times can be changed."""
-    place = queuectl.Place()
-    place.path, place.config_path = queue.path, queue.config
-    folder, hands = queuectl.dashboard_needs(place)
-    before = threading.active_count()
-    found = dashboard.Server(queue.path, "127.0.0.1", 0, folder, hands)
+    database.connect(queue.path).close()
+    before, settings = threading.active_count(), config.load(queue.config)
+    found = dashboard.Server(queue.path, "127.0.0.1", 0, worker, settings, lambda *_: None)
     found.start()
     yield found
     found.close()
@@ -713,9 +712,8 @@ def test_no_question_of_the_dashboard_reads_the_whole_queue(
     queue.drain()
     db, asked = database.connect(queue.path), []
     db.set_trace_callback(asked.append)
-    hands = queuectl.dashboard_needs(place_of(queue))[1]
-    watcher = dashboard.Watcher(queue.path, hands)
-    watcher.look(db, hands.live_workers(db), time.time())
+    watcher = dashboard.Watcher(queue.path, worker)
+    watcher.look(db, worker.live_workers(db), time.time())
     dashboard.Meter().text(db, [], time.time())
     for state in ("", "dead"):
         for text in ("", "x"):
@@ -732,12 +730,6 @@ def test_no_question_of_the_dashboard_reads_the_whole_queue(
             assert bounded or not whole, (plan, statement)
             assert bounded or "GROUP BY 1" in statement or "TEMP B-TREE" not in plan, statement
     db.close()
-
-
-def place_of(queue: Queue) -> queuectl.Place:
-    place = queuectl.Place()
-    place.path, place.config_path = queue.path, queue.config
-    return place
 
 
 # --- in a browser ----------------------------------------------------------------------------
