@@ -13,6 +13,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import json
+import math
 import os
 import re
 import secrets
@@ -26,7 +27,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BufferedReader
 from itertools import accumulate
 from socketserver import TCPServer
 from typing import Any
@@ -254,7 +254,7 @@ class Server(ThreadingHTTPServer):
         ip, self.port = self.server_address[:2]
         self.path, self.hands, self.watcher, self.meter = path, hands, Watcher(path, hands), Meter()
         self.lock = threading.Lock()  # guards the next three
-        self.connections, self.waiting = 0, {}  # waiting: those that have not asked yet, by age
+        self.connections: dict[Any, float] = {}  # by age: until when it must have asked; has: inf
         self.ending: set[int] = set()  # seqs of running jobs that are being cancelled
         self.await_cancelled = partial(hands.await_cancelled, path, settings, say)
         self.is_loopback = ipaddress.ip_address(ip).is_loopback
@@ -288,23 +288,29 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request: Any, address: Any) -> None:
         """Give a connection its thread. A crowd of silent ones cannot keep out one that asks."""
         with self.lock:
-            full = self.connections >= CONNECTIONS * (2 if self.waiting else 1)
-            if self.connections >= CONNECTIONS and self.waiting:
-                oldest = next(iter(self.waiting))
-                del self.waiting[oldest]
-                with suppress(OSError):
-                    oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end of it, and leaves
-            self.connections += 1
-            self.waiting[request] = None
+            now = time.monotonic()
+            waiting = [each for each, until in self.connections.items() if now < until < math.inf]
+            full = len(self.connections) >= CONNECTIONS * (2 if waiting else 1)
+            if len(self.connections) >= CONNECTIONS and waiting:
+                self.connections[waiting[0]] = now
+            self.connections[request] = now + REQUEST_S
         if full:
             self.shutdown_request(request)
         else:
             super().process_request(request, address)
 
+    def service_actions(self) -> None:
+        """Turn out who was to have asked by now, however slowly the bytes come. Called twice a
+        second, and whenever somebody has come."""
+        with self.lock:
+            for request, until in self.connections.items():
+                if until <= time.monotonic():
+                    with suppress(OSError):  # its thread reads the end of it, and leaves
+                        request.shutdown(socket.SHUT_RDWR)
+
     def shutdown_request(self, request: Any) -> None:
         with self.lock:
-            self.connections -= 1
-            self.waiting.pop(request, None)
+            self.connections.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, address: Any) -> None:
@@ -350,18 +356,6 @@ def same(given: str, wanted: str) -> bool:
     return hmac.compare_digest(given.encode(errors="replace"), wanted.encode())
 
 
-class Patience(socket.SocketIO):
-    """Reads a request, all of it within REQUEST_S, however slowly its bytes come."""
-
-    def __init__(self, connection: socket.socket):
-        super().__init__(connection, "r")
-        self.connection, self.deadline = connection, time.monotonic() + REQUEST_S
-
-    def readinto(self, buffer: Any) -> int | None:
-        self.connection.settimeout(max(0.001, self.deadline - time.monotonic()))
-        return super().readinto(buffer)
-
-
 class Handler(BaseHTTPRequestHandler):
     """One connection, one thread, one request: HTTP/1.0 has no more."""
 
@@ -370,7 +364,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.rfile = BufferedReader(Patience(self.connection))
         self.nonce = secrets.token_urlsafe(16)
 
     def log_message(self, *_: object) -> None:
@@ -396,8 +389,6 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_other
 
     def answer(self, routes: dict[str, Callable[[], None]], changes: bool = False) -> None:
-        with self.server.lock:
-            self.server.waiting.pop(self.connection, None)
         try:
             url = urlsplit(self.path)
             self.query = dict(parse_qsl(url.query, errors="replace"))
@@ -407,6 +398,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(404, b"404: there is nothing here\n")
             else:
                 self.body = self.read_body() if changes else {}
+                with self.server.lock:
+                    self.server.connections[self.connection] = math.inf
                 routes[url.path]()
         except database.SQLiteError as error:
             self.send_json({"error": database.error_text(error, self.server.path)}, 503)

@@ -573,7 +573,7 @@ def test_silent_slow_and_broken_clients_neither_stop_it_nor_leak_threads(
 
     eventually(is_dropped, "a request that comes byte by byte is given up")
     assert time.monotonic() - began < 20
-    eventually(lambda: threading.active_count() <= before and server.connections == 0)
+    eventually(lambda: threading.active_count() <= before and not server.connections)
     for client in [*crowd, drip]:
         client.close()
 
