@@ -183,17 +183,9 @@ def check_job(given: Any, settings: dict[str, Any], cwd: str) -> tuple[dict[str,
     """
     if not isinstance(given, dict):
         raise BadInput(f"a job is a JSON object, not {json_kind(given)}")
-    ignored = []
-    job = {
-        "id": None,
-        "command": None,
-        "priority": 0,
-        "run_at": None,
-        "max_retries": settings["max_retries"],
-        "backoff_base": settings["backoff_base"],
-        "timeout_s": settings["job_timeout_s"],
-        "cwd": cwd,
-    }
+    ignored, job = [], UNSET.copy()
+    job["cwd"], job["timeout_s"] = cwd, settings["job_timeout_s"]
+    job["max_retries"], job["backoff_base"] = settings["max_retries"], settings["backoff_base"]
     if "timeout" in given and "timeout_s" in given:
         raise BadInput('"timeout" and "timeout_s" are the same field; give one of them')
     for name, value in given.items():
@@ -229,18 +221,16 @@ def check_jobs(
 
 
 def check_id(name: str, value: Any) -> str:
-    if not check_text(name, value).strip():
-        raise BadInput('"id" is empty')
-    if len(value) > ID_LIMIT:
+    if len(check_filled(name, value)) > ID_LIMIT:
         raise BadInput(f'"id" has {len(value)} characters; at most {ID_LIMIT} are allowed')
     if not value.isprintable():
         raise BadInput(f'"id" {value!a} has characters that cannot be printed')
     return value
 
 
-def check_command(name: str, value: Any) -> str:
+def check_filled(name: str, value: Any) -> str:
     if not check_text(name, value).strip():
-        raise BadInput('"command" is empty')
+        raise BadInput(f'"{name}" is empty')
     return value
 
 
@@ -292,8 +282,9 @@ def check_time(name: str, value: Any) -> float:
 
 
 # What a user may say of one job, and what makes sure of it.
-FIELDS = {"id": check_id, "command": check_command, "cwd": check_text, "run_at": check_time}
+FIELDS = {"id": check_id, "command": check_filled, "cwd": check_text, "run_at": check_time}
 FIELDS |= dict.fromkeys(("priority", "max_retries", "backoff_base", "timeout_s"), check_number)
+UNSET = dict.fromkeys(FIELDS) | {"priority": 0}
 
 
 # --- text to values --------------------------------------------------------------------------
@@ -310,48 +301,37 @@ def parse_json(text: str) -> Any:
         raise BadInput(f"not JSON: {error}") from None
 
 
-def parse_entries(lines: Iterator[str]) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) from a JSON array, or from one JSON object a line.
+def parse_entries(lines: Iterator[str], commands: bool = False) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, job) from a JSON array, or one JSON object or one command a line.
 
     Lines are read one by one, so a million of them need no memory; an array is read whole.
     """
     for number, line in enumerate(lines, 1):
         text = line.strip()
-        if text.startswith("["):
+        if commands and text:
+            yield number, {"command": line.rstrip("\r\n")}
+        elif text.startswith("["):
             yield from parse_array("".join([line, *lines]), number)
-            return
-        if text:
+        elif text:
             try:
                 yield number, parse_json(text)
             except BadInput as error:
                 raise BadInput(f"line {number}: {error}") from None
 
 
-def parse_commands(lines: Iterator[str]) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, job) of lines that are commands."""
-    for number, text in enumerate(lines, 1):
-        if text.strip():
-            yield number, {"command": text.rstrip("\r\n")}
-
-
 def parse_array(text: str, first_line: int) -> Iterator[tuple[int, Any]]:
     """Yield (line number, value) of each entry of one JSON array, and refuse what follows it."""
-    line, at, token = first_line, text.index("["), "["
+    mark = re.match(r"\s*\[\s*(\]?)\s*", text)
+    at, line = mark.end(), first_line + mark[0].count("\n")
     try:
-        while token != "]":
-            start = re.compile(r"\s*").match(text, at + 1).end()
-            line += text.count("\n", at, start)
-            if token == "[" and text[start : start + 1] == "]":
-                at = start
-                break
-            value, end = DECODER.raw_decode(text, start)
+        while mark[1] != "]":
+            value, end = DECODER.raw_decode(text, at)
             yield line, value
-            at = re.compile(r"\s*").match(text, end).end()
-            line += text.count("\n", start, at)
-            token = text[at : at + 1]
-            if token not in (",", "]"):
+            mark = re.compile(r"\s*([],]?)\s*").match(text, end)
+            at, line = mark.end(), line + text.count("\n", at, mark.end())
+            if not mark[1]:
                 raise ValueError('"," or "]" is missing')
-        if text[at + 1 :].strip():
+        if at < len(text):
             raise ValueError("something follows the array")
     except (ValueError, RecursionError) as error:
         message = error.msg if isinstance(error, json.JSONDecodeError) else error

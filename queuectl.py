@@ -263,7 +263,7 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
     if "delay" in given:
         given["run_at"] = time.time() + given.pop("delay")
     if file is not None:
-        entries = (config.parse_commands if lines else config.parse_entries)(file_lines(file))
+        entries = config.parse_entries(file_lines(file), commands=lines)
     elif job is not None:
         entries = [(0, parsed_job("".join(file_lines("-")) if job == "-" else job))]
     else:
