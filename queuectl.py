@@ -20,7 +20,8 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from functools import cached_property
 from typing import Any
 
 import click
@@ -38,16 +39,13 @@ UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\u
 
 
 class Place:
-    """Where this call works: the queue, opened when first needed, and the settings."""
+    """Where this call works: the queue, open from its first use to the command's end; settings."""
 
-    def __init__(self) -> None:
-        self.path, self.config_path, self.opened = "", "", None
+    path = config_path = ""
 
-    @property
+    @cached_property
     def db(self) -> Any:
-        if self.opened is None:
-            self.opened = database.connect(self.path)
-        return self.opened
+        return click.get_current_context().with_resource(closing(database.connect(self.path)))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -59,10 +57,6 @@ class Place:
         import worker
 
         return worker
-
-    def close(self) -> None:
-        if self.opened is not None:
-            self.opened.close()
 
 
 def main() -> int:
@@ -91,8 +85,6 @@ def main() -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to flush must not fail again
         code = 1 if error.errno == errno.EPIPE else complain(f"standard output: {error}", 1)
-    finally:
-        place.close()
     return code
 
 
@@ -756,11 +748,7 @@ def dashboard(place: Place, port: int, host: str, opening: bool) -> None:
 
     place.db.close()  # made if need be; the window opens its own
     server = Server(place.path, host, port, place.hands, place.settings, print_remark)
-    # A signal leaves a byte in the pipe: so none is lost, whenever it comes.
-    wake, wake_write = place.hands.quiet_pipe()
-    signal.set_wakeup_fd(wake_write)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+    wake = place.hands.await_signals(lambda *_: None, (signal.SIGINT, signal.SIGTERM))
     server.start()
     click.echo(f"dashboard on {server.address}")
     click.echo("Ctrl+C ends it", err=True)

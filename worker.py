@@ -148,12 +148,7 @@ class Supervisor:
             needed = f"{self.count} workers need {2 * self.count + 32} open files"
             raise QueueError(f"{needed}, the limit is {files}; raise it with ulimit -n")
         self.try_stop_line()
-        # Handlers only count; the byte that the interpreter writes into this pipe ends the sleep.
-        self.wake, wake_write = quiet_pipe()
-        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, self.on_signal)
+        self.wake = await_signals(self.on_signal)
         # Workers read end of file here when the supervisor is gone, however it went.
         self.lifeline, self.lifeline_write = os.pipe()
         me = os.uname().nodename, boot_id(), self.pid, process_birth(self.pid) or ""
@@ -390,12 +385,10 @@ class Supervisor:
         # Twice: a process that forks and exits behind the eye of one look is seen by the other.
         left = session_members(row["pid"]) or session_members(row["pid"])
         hard = mono >= ending.kill_at or self.stopping > 2
-        refused = push([pid for pid in left if pid != row["pid"]], ending.asked, hard)
+        others = [pid for pid in left if pid != row["pid"]]
+        push(others, ending.asked, hard, partial(self.say, row["worker"], row["pid"]))
         if hard and left:
             ending.last_signal = signal.SIGKILL
-        if refused:
-            pids = ", ".join(map(str, refused))
-            self.say(row["worker"], row["pid"], "waits", f"process {pids} may not be signalled")
         return not left
 
     def ended_afar(self, db: Any, ending: Ending, mono: float) -> bool:
@@ -406,7 +399,7 @@ class Supervisor:
         name, pid = ending.worker["worker"], ending.worker["pid"]
         run = None if ending.far else database.held_by(db, name)
         if run and run.stop_line:
-            ending.far = FarEnd(run, lambda *told: self.say(name, pid, *told), leader=True)
+            ending.far = FarEnd(run, partial(self.say, name, pid), leader=True)
         return not ending.far or ending.far.reached(mono)
 
     def settle(self, db: Any, ending: Ending) -> None:
@@ -571,14 +564,15 @@ class Desk:
 def work(supervisor: Supervisor) -> None:
     """The life of one worker process: claim, run, record, until told to leave."""
     os.setsid()  # no terminal either: Ctrl+C reaches the supervisor alone
-    leave: list[int] = []
-    wake = await_signals(leave)
+    told: set[int] = set()  # SIGTERM alone means us; the others, ignored, would be so in jobs
+    wake = await_signals(lambda number, _: told.add(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     adopt_orphans()
     os.close(supervisor.lifeline_write)
     desk = take_a_desk(supervisor)
 
     def wanted() -> bool:
-        return not leave and os.getppid() == supervisor.pid
+        return signal.SIGTERM not in told and os.getppid() == supervisor.pid
 
     run = seen = None
     while run or wanted():
@@ -605,18 +599,6 @@ def work(supervisor: Supervisor) -> None:
             if database.is_damage(error):
                 raise SystemExit(DAMAGED) from None
         seen = rest(desk, [wake, supervisor.lifeline], seen, next_at)
-
-
-def await_signals(leave: list[int]) -> int:
-    """Let SIGTERM fill `leave`; return what can be read once a signal has come."""
-    wake, wake_write = quiet_pipe()
-    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: leave.append(1))
-    for number in (signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # handled: ignored, it would be so in jobs
-            signal.signal(number, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    return wake
 
 
 def take_a_desk(supervisor: Supervisor) -> Desk:
@@ -746,10 +728,7 @@ def end_leftovers(desk: Desk) -> None:
     asked: set[int] = set()
     kill_at = time.monotonic() + desk.settings["kill_grace_s"]
     while left := [pid for pid in session_members(os.getpid()) if pid != os.getpid()]:
-        refused = push(left, asked, time.monotonic() >= kill_at)
-        if refused:
-            pids = ", ".join(map(str, refused))
-            desk.say("waits", f"process {pids} may not be signalled")
+        push(left, asked, time.monotonic() >= kill_at, desk.say)
         time.sleep(0.01)
 
 
@@ -1013,9 +992,8 @@ def send(pid: int, number: int) -> bool:
     return True
 
 
-def push(pids: Iterable[int], asked: set[int], hard: bool) -> list[int]:
-    """Ask each process to end, once, or `hard` end it; return those that may not be signalled,
-    each once."""
+def push(pids: Iterable[int], asked: set[int], hard: bool, say: Any = lambda *_: None) -> None:
+    """Ask each process to end, once, or `hard` end it; say, once, which may not be signalled."""
     refused = []
     for pid in pids:
         if hard:
@@ -1023,8 +1001,9 @@ def push(pids: Iterable[int], asked: set[int], hard: bool) -> list[int]:
         else:  # SIGCONT too, for a stopped process does not hear SIGTERM
             allowed = pid in asked or (send(pid, signal.SIGTERM) and send(pid, signal.SIGCONT))
         asked.add(pid)
-        refused += [] if allowed else [pid]
-    return refused
+        refused += [] if allowed else [str(pid)]
+    if refused:
+        say("waits", f"process {', '.join(refused)} may not be signalled")
 
 
 def signal_text(code: int) -> str:
@@ -1035,12 +1014,19 @@ def signal_text(code: int) -> str:
     return f"killed by {names.get(-code, f'signal {-code}')}"
 
 
-def quiet_pipe() -> tuple[int, int]:
-    """Return a pipe (read end, write end) that never blocks."""
+def await_signals(handler: Callable[..., object], numbers: Iterable[int] = SIGNALS) -> int:
+    """Handle these signals; return what can be read once one has come.
+
+    Handlers only set flags; the byte that the interpreter writes into this pipe ends a sleep.
+    """
     ends = os.pipe()
     for end in ends:
         os.set_blocking(end, False)
-    return ends
+    signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
+    for number in numbers:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, handler)
+    return ends[0]
 
 
 def readable(handles: Iterable[int], span_s: float) -> list[int]:
