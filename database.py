@@ -456,7 +456,14 @@ def finish(
     `jitter` is added to the backoff, in seconds. None means that somebody else has settled this
     run meanwhile (fenced, cancelled); then nothing at all is changed.
     """
-    state, attempts, run_at = verdict(run, result, now, max_backoff_s, jitter)
+    state, attempts, run_at = result.outcome, run.attempt, run.due_at
+    if state == "stopped":  # not the job's fault: this run is not counted
+        attempts = run.attempt - 1
+        state = "failed" if attempts else "pending"
+    elif state == "failed" and run.attempt > run.max_retries:
+        state = "dead"
+    elif state == "failed":
+        run_at = now + backoff_s(run.attempt, run.backoff_base, max_backoff_s) + jitter
     due = int(run_at <= now) if state in ("failed", "pending") else None
     new = {**run._asdict(), **result._asdict(), "state": state, "attempts": attempts}
     new |= {"run_at": run_at, "due": due, "now": now}
@@ -491,21 +498,6 @@ def finish(
             ).rowcount
             state = "cancelled" if cancelled else state
     return state, run_at
-
-
-def verdict(
-    run: Run, result: Result, now: float, max_backoff_s: float, jitter: float
-) -> tuple[str, int, float]:
-    """Decide what becomes of a job: (state, attempts, run_at)."""
-    if result.outcome == "stopped":  # not the job's fault: this run is not counted
-        attempts = run.attempt - 1
-        return "failed" if attempts else "pending", attempts, run.due_at
-    if result.outcome == "failed" and run.attempt > run.max_retries:
-        return "dead", run.attempt, run.due_at
-    if result.outcome == "failed":
-        wait = backoff_s(run.attempt, run.backoff_base, max_backoff_s)
-        return "failed", run.attempt, now + wait + jitter
-    return result.outcome, run.attempt, run.due_at
 
 
 def backoff_s(attempts: int, backoff_base: float, max_backoff_s: float) -> float:
@@ -684,13 +676,13 @@ RUN = """id, attempt, worker, due_at, started_at, finished_at, outcome, exit_cod
 def find(db: Connection, text: str) -> int:
     """Return the seq of the job with this id, or with the one id that begins so."""
     text = text.encode(errors="replace").decode()  # bytes that are no text: no id either
-    exact = "SELECT seq, id FROM jobs WHERE id = :text"
-    prefix = "SELECT seq, id FROM jobs WHERE id > :text AND id < :text || char(1114111) LIMIT 4"
-    rows = db.execute(exact, {"text": text}).fetchall()
-    rows = rows or (db.execute(prefix, {"text": text}).fetchall() if text else [])
+    begun = """
+        SELECT seq, id FROM jobs WHERE id >= :text AND id < :text || char(1114111)
+        ORDER BY id LIMIT 4"""
+    rows = db.execute(begun, {"text": text}).fetchall() if text else []
     if not rows:
         raise QueueError(f'no job "{text}"; `list` shows those that are there')
-    if len(rows) > 1:
+    if len(rows) > 1 and rows[0]["id"] != text:
         some = ", ".join(row["id"] for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
         raise QueueError(f'"{text}" is ambiguous: {some}; give more of the id')
     return rows[0]["seq"]
