@@ -72,11 +72,9 @@ def main() -> int:
             click.echo(message, err=True)
         else:
             complain(message, code)
-    except BadInput as error:
-        code = complain(str(error), 2)
-    except (config.BadFile, database.QueueError) as error:
-        code = complain(str(error), 1)
-    except database.SQLiteError as error:
+    except (BadInput, config.BadFile) as error:
+        code = complain(str(error), 2 if isinstance(error, BadInput) else 1)
+    except (database.QueueError, database.SQLiteError) as error:
         code = complain(database.error_text(error, place.path), 1)
     except (click.Abort, KeyboardInterrupt):
         code = 130
@@ -499,36 +497,28 @@ def logs(
 ) -> None:
     """Show what a job has printed; while it runs, what there is so far."""
     seq, streams = database.find(place.db, id), [only] if only else ["stdout", "stderr"]
-    tails, run = {name: Tail(name, only, follow) for name in streams}, None
+    tails = {name: Tail(name, only, follow) for name in streams if not as_json}
+    known = None  # the number of the run that is shown: to its end, though another may begin
     while True:
-        run = chosen_run(place, seq, attempt, follow, run)
-        if run and not as_json:
+        runs = place.hands.runs_so_far(place.db, place.path, seq, LIVE_BYTES)
+        runs = [run for run in runs if attempt in (None, run["attempt"])]
+        runs = [run for run in runs if known in (None, run["id"])]
+        if runs:
+            run, known = runs[-1], runs[-1]["id"]
             for name, tail in tails.items():
                 tail.put(run[name] or b"", run[f"{name}_bytes"] or 0)
-        if run and (run["finished_at"] or not follow):
-            break
+            if run["finished_at"] or not follow:
+                break
+        else:
+            job = database.job(place.db, seq)
+            ended = job["state"] in database.SETTLED
+            if ended or not follow:
+                what = "not run" if attempt is None else f"no run {attempt}"
+                hope = "" if ended else " yet; --follow waits for it"
+                raise database.QueueError(f'job "{job["id"]}" has {what}{hope}')
         time.sleep(0.1)
     if as_json:
         emit(database.as_object(run) | {"id": database.job(place.db, seq)["id"]})
-
-
-def chosen_run(
-    place: Place, seq: int, attempt: int | None, follow: bool, known: dict[str, Any] | None
-) -> dict[str, Any] | None:
-    """Return the latest run (of this attempt; or the known one, as it is now), or None if it may
-    still come and is waited for."""
-    runs = place.hands.runs_so_far(place.db, place.path, seq, LIVE_BYTES)
-    runs = [run for run in runs if attempt in (None, run["attempt"])]
-    runs = [run for run in runs if known is None or run["id"] == known["id"]]
-    if runs:
-        return runs[-1]
-    job = database.job(place.db, seq)
-    ended = job["state"] in database.SETTLED
-    if follow and not ended:
-        return None
-    what = "not run" if attempt is None else f"no run {attempt}"
-    hope = "" if ended else " yet; --follow waits for it"
-    raise database.QueueError(f'job "{job["id"]}" has {what}{hope}')
 
 
 class Tail:
