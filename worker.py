@@ -860,20 +860,17 @@ def runs_so_far(db: Any, path: str, seq: int, limit: int) -> list[dict[str, Any]
 def bound_output(path: str, worker: str, limit: int) -> None:
     """Cut output files that outgrow their bound, so that a runaway job cannot fill the disk."""
     for output in output_paths(path, worker):
-        try:
-            if os.stat(output).st_blocks * 512 <= OUTPUT_BOUND + limit:
+        with suppress(OSError), open(output, "r+b", 0, opener=database.safe_open) as file:
+            status = os.fstat(file.fileno())
+            if status.st_blocks * 512 <= OUTPUT_BOUND + limit:
                 continue
-            handle = database.safe_open(output, os.O_RDWR)
-        except OSError:
-            continue
-        # A hole in front of the end that is kept: size and all that is still to come stay right.
-        length = str(os.fstat(handle).st_size - limit)
-        punch = ["fallocate", "--punch-hole", "--offset=0", "--length", length, "/dev/stdin"]
-        try:
-            subprocess.run(punch, stdin=handle, stderr=subprocess.DEVNULL, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            os.ftruncate(handle, 0)  # no holes here: the end so far is lost, the disk is not
-        os.close(handle)
+            # A hole in front of the end that is kept: size and what is still to come stay right.
+            length = str(status.st_size - limit)
+            punch = ["fallocate", "--punch-hole", "--offset=0", "--length", length, "/dev/stdin"]
+            try:
+                subprocess.run(punch, stdin=file, stderr=subprocess.DEVNULL, check=True)
+            except (OSError, subprocess.CalledProcessError):
+                file.truncate(0)  # no holes here: the end so far is lost, the disk is not
 
 
 # --- what the operating system decides: Linux reads /proc, macOS asks ps ---------------------
@@ -897,27 +894,19 @@ def process_birth(pid: int) -> str | None:
 
     With the pid it names one process for good: a recycled pid has another birth.
     """
-    if sys.platform == "linux":
-        status = process_status(pid)
-        return status[19] if status else None
-    state, _, birth = ask("ps", "-o", "stat=,lstart=", "-p", str(pid)).partition(" ")
-    return birth.strip() if state and not state.startswith("Z") else None
+    status = process_status(pid)
+    return status[19] if status else None
 
 
 def is_stopped(pid: int) -> bool:
-    if sys.platform == "linux":
-        return (process_status(pid) or ["?"])[0] in "Tt"
-    return ask("ps", "-o", "stat=", "-p", str(pid)).startswith("T")
+    return (process_status(pid) or "?")[0] in "Tt"
 
 
 def session_members(session: int) -> list[int]:
     """Return the pids of a session's living processes."""
-    if sys.platform == "linux":
-        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-        return [pid for pid in pids if session_of(pid) == session and process_status(pid)]
-    states = (line.split()[:2] for line in ask("ps", "-axo", "pid=,stat=").splitlines())
-    alive = [int(pid) for pid, state in states if not state.startswith("Z")]
-    return [pid for pid in alive if session_of(pid) == session]
+    names = os.listdir("/proc") if sys.platform == "linux" else ask("ps", "-axo", "pid=").split()
+    pids = [int(name) for name in names if name.isdigit()]
+    return [pid for pid in pids if session_of(pid) == session and process_status(pid)]
 
 
 def session_of(pid: int) -> int | None:
@@ -950,8 +939,12 @@ def has_children() -> bool:
     return True
 
 
-def process_status(pid: int) -> list[str] | None:
-    """Return /proc/PID/stat from the state on (proc(5): its field 3 is item 0 here), if alive."""
+def process_status(pid: int) -> Any:
+    """Return /proc/PID/stat from the state on (proc(5): its field 3 is item 0 here), if alive; of
+    what `ps` knows only the two items that are needed here."""
+    if sys.platform != "linux":
+        state, _, birth = ask("ps", "-o", "stat=,lstart=", "-p", str(pid)).partition(" ")
+        return None if state[:1] in ("", "Z") else {0: state[0], 19: birth.strip()}
     try:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             status = file.read().rpartition(b")")[2].decode().split()
