@@ -120,18 +120,15 @@ def store(path: str, key: str, text: str) -> dict[str, Any]:
             fcntl.flock(folder, fcntl.LOCK_EX)
             settings = stored(path) | {name: value}
             # Private at birth; synced before the rename, else a power cut may leave it empty.
-            handle, new = tempfile.mkstemp(dir=os.path.dirname(path))
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    if os.path.exists(path):
-                        os.fchmod(handle, os.stat(path).st_mode & 0o777)
+            with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as private:
+                new = os.path.join(private, "config.json")
+                with open(new, "w", encoding="utf-8") as file:
+                    mode = os.stat(path).st_mode & 0o777 if os.path.exists(path) else 0o600
+                    os.chmod(new, mode)
                     file.write(json.dumps(settings, indent=2) + "\n")
                     file.flush()
-                    os.fsync(handle)
+                    os.fsync(file.fileno())
                 os.replace(new, path)
-            except BaseException:
-                os.unlink(new)
-                raise
         finally:
             os.close(folder)
     except OSError as error:
