@@ -26,9 +26,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from itertools import accumulate
-from socketserver import TCPServer
+from socketserver import ThreadingTCPServer
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -105,12 +105,11 @@ class Watcher:
 
     def look(self, db: Any, workers: list[Any], now: float) -> None:
         """Take a snapshot: all that the page shows, but for the list of jobs."""
-        keys = ("worker", "pid", "job")
         found = {
             "now": now,
             "queue": self.path,
             "status": database.summary(db, now, len(workers)),
-            "workers": [{key: row[key] for key in keys} for row in workers],
+            "workers": [{key: row[key] for key in ("worker", "pid", "job")} for row in workers],
             "minutes": database.runs_by_minute(db, now - CHART_S),
         }
         still = [id for id, run in (self.runs or {}).items() if not run["finished_at"]]
@@ -236,10 +235,10 @@ class Meter:
         return "\n".join([*lines, ""])
 
 
-class Server(ThreadingHTTPServer):
+class Server(ThreadingTCPServer):  # no HTTPServer: that would ask the DNS for our own name
     """Listens from its making on; `start` begins to answer, `close` ends all of it."""
 
-    daemon_threads, request_queue_size = True, 128
+    allow_reuse_address, daemon_threads, request_queue_size = True, True, 128
 
     def __init__(self, path: str, host: str, port: int, hands: Any, settings: Any, say: Any):
         """Raises QueueError if the address cannot be had. The hands need `settings` and `say`."""
@@ -251,15 +250,13 @@ class Server(ThreadingHTTPServer):
             why = getattr(error, "strerror", None) or error
             told = f"cannot listen on {host} port {port}: {why}; --port 0 takes a free one"
             raise QueueError(told) from None
-        ip, self.port = self.server_address[:2]
+        self.port, self.ip = self.server_address[1], ipaddress.ip_address(self.server_address[0])
         self.path, self.hands, self.watcher, self.meter = path, hands, Watcher(path, hands), Meter()
         self.lock = threading.Lock()  # guards the next three
         self.connections: dict[Any, float] = {}  # by age: until when it must have asked; has: inf
         self.ending: set[int] = set()  # seqs of running jobs that are being cancelled
         self.await_cancelled = partial(hands.await_cancelled, path, settings, say)
-        self.is_loopback = ipaddress.ip_address(ip).is_loopback
-        self.is_everywhere = ipaddress.ip_address(ip).is_unspecified
-        name = socket.gethostname() if self.is_everywhere else host
+        name = socket.gethostname() if self.ip.is_unspecified else host
         self.host = (f"[{name}]" if ":" in name else name).lower() + f":{self.port}"
         folder = database.run_directory(path)
         self.token_path = os.path.join(folder, f"dashboard-{self.port}.token")
@@ -270,9 +267,6 @@ class Server(ThreadingHTTPServer):
         self.address = f"http://{self.host}/?token={self.token}"
         # Serves once in place of the token: to start a browser with, for all can read `ps`.
         self.ticket = secrets.token_urlsafe(32)
-
-    def server_bind(self) -> None:
-        TCPServer.server_bind(self)  # HTTPServer's would ask the DNS for our own name
 
     def start(self) -> None:
         for target in (self.watcher.run, self.serve_forever):
@@ -326,7 +320,7 @@ class Server(ThreadingHTTPServer):
     def is_ours(self, host: str) -> bool:
         """Say whether a Host header names this server. Another name may be a site that has its own
         name point here (DNS rebinding); a bare number cannot be."""
-        if self.is_everywhere:
+        if self.ip.is_unspecified:
             with suppress(ValueError):
                 return bool(ipaddress.ip_address(urlsplit(f"//{host}").hostname or ""))
         return host.lower() in (self.host, self.host.removesuffix(":80"))
@@ -383,10 +377,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.answer({"/api/retry": self.retry, "/api/cancel": self.cancel}, changes=True)
 
-    def do_other(self) -> None:
-        self.answer({})
-
-    do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_other
+    do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = lambda self: self.answer({})
 
     def answer(self, routes: dict[str, Callable[[], None]], changes: bool = False) -> None:
         try:

@@ -158,24 +158,23 @@ def print_remark(*event: Any) -> None:
 
 
 def show_statements(statements: list[tuple[str, str, str]]) -> None:
-    """Print what --explain shows; database.Explained makes it."""
-    put(sys.stderr, "\n".join(statement_text(*each) for each in statements))
-
-
-def statement_text(head: str, text: str, remark: str) -> str:
-    """Return what is shown of a statement: on a terminal wrapped beside its head, else one line."""
+    """Print what --explain shows (database.Explained makes it): each statement on a line; on a
+    terminal wrapped beside its head."""
     import shutil
     import textwrap
 
-    text = clean(text)
-    if sys.stderr.isatty():
-        width = max(30, shutil.get_terminal_size().columns - len(head))
-        first, *rest = textwrap.wrap(text, width, break_on_hyphens=False)
-        verb, space, first = first.partition(" ")
-        text = click.style(verb, bold=True) + space + first
-        text = "\n".join([text, *(" " * len(head) + line for line in rest)])
-        remark = remark and click.style(remark, fg="yellow")
-    return head + text + (remark and f"  <- {remark}")
+    lines = []
+    for head, text, remark in statements:
+        text = clean(text)
+        if sys.stderr.isatty():
+            width = max(30, shutil.get_terminal_size().columns - len(head))
+            first, *rest = textwrap.wrap(text, width, break_on_hyphens=False)
+            verb, space, first = first.partition(" ")
+            text = click.style(verb, bold=True) + space + first
+            text = "\n".join([text, *(" " * len(head) + line for line in rest)])
+            remark = remark and click.style(remark, fg="yellow")
+        lines.append(head + text + (remark and f"  <- {remark}"))
+    put(sys.stderr, "\n".join(lines))
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -742,7 +741,7 @@ def dashboard(place: Place, port: int, host: str, opening: bool) -> None:
     server.start()
     click.echo(f"dashboard on {server.address}")
     click.echo("Ctrl+C ends it", err=True)
-    if not server.is_loopback:
+    if not server.ip.is_loopback:
         told = "whoever sees this address can read all jobs and let them run again"
         click.echo(f"Warning: {host} is reached from elsewhere: {told}", err=True)
     if opening:
