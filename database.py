@@ -161,10 +161,9 @@ show: Any = None  # --explain: a function of the face, given [(where and what, S
 def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S) -> Connection:
     """Open the queue, made or migrated if need be. Raises QueueError if it is none of ours.
 
-    Whoever finds it locked waits for at most `patience_s`.
-
-    A durable connection syncs each commit, so that an id that was printed survives a power cut.
-    Workers' are not: a power cut may undo their last results, and those jobs run again.
+    Whoever finds it locked waits for at most `patience_s`. A durable connection syncs each commit,
+    so that an id that was printed survives a power cut. Workers' are not: a power cut may undo
+    their last results, and those jobs run again.
     """
     try:
         # Made here and not by SQLite, to be private from its first moment whatever the umask. And
@@ -965,8 +964,7 @@ UNSHOWN: list[tuple[str, str, str]] = []  # told, but not yet shown
 class Rows(list):
     """The rows of a SELECT, read at once to be counted."""
 
-    def fetchall(self) -> list[Any]:
-        return self
+    fetchall = list.copy
 
     def fetchone(self) -> Any:
         return self[0] if self else None
