@@ -194,7 +194,9 @@ class Supervisor:
         return True
 
     def keep_count(self) -> None:
-        """Replace the workers that are gone or, stopping, tell them all to leave."""
+        """Fork workers in place of those that are gone or, stopping, tell them all to leave."""
+        from multiprocessing import get_context
+
         if self.stopping:
             for pid, child in self.children.items():
                 if child.exitcode is None:  # alive, or not reaped: this pid is still the child's
@@ -203,11 +205,19 @@ class Supervisor:
         while not self.stopping and len(self.children) < self.count:
             if time.monotonic() < self.spawn_at:
                 return
+            # SQLite's connections must not be carried over a fork (sqlite.org/howtocorrupt.html,
+            # 2.6); a signal between it and the worker's own handlers would be lost: hold it back.
+            self.close()
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
-                self.spawn()
+                child = get_context("fork").Process(target=work, args=(self,), daemon=True)
+                child.start()
+                self.children[child.pid] = child
             except OSError as error:  # no more processes, no more memory
                 self.say("supervisor", self.pid, "trouble", f"no new worker: {error.strerror}")
                 self.spawn_at = time.monotonic() + 1
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def queue(self) -> Any:
         """Return the connection, a new one if the file was replaced.
@@ -234,21 +244,6 @@ class Supervisor:
         if self.db is not None:
             self.db.close()
         self.db = None
-
-    def spawn(self) -> None:
-        """Fork a worker."""
-        from multiprocessing import get_context
-
-        # SQLite's connections must not be carried over a fork (sqlite.org/howtocorrupt.html, 2.6).
-        self.close()
-        child = get_context("fork").Process(target=work, args=(self,), daemon=True)
-        # A signal between the fork and the worker's own handlers would be lost: hold it back.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            child.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        self.children[child.pid] = child
 
     def look(self) -> None:
         """One tick. A database that cannot be used now (full disk, locked) is tried again."""
