@@ -50,10 +50,8 @@ SETTINGS = {
 }
 ALIASES = {"default_timeout": "job_timeout_s"}
 
-RANGES = SETTINGS | {
-    "priority": Setting(int, 0, -(2**53), 2**53, "higher runs first"),
-    "timeout_s": SETTINGS["job_timeout_s"],
-}
+RANGES = SETTINGS | {"timeout_s": SETTINGS["job_timeout_s"]}
+RANGES["priority"] = Setting(int, 0, -(2**53), 2**53, "higher runs first")
 # A record that was printed can be pasted back: what the queue sets is ignored, not refused.
 SET_BY_QUEUE = frozenset(
     "state attempts exit_code last_error stdout stderr worker"

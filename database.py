@@ -377,11 +377,7 @@ def enqueue(db: Connection, now: float) -> tuple[int, int]:
 
 
 def claim(
-    db: Connection,
-    worker: str,
-    now: float,
-    mono: float,
-    launched: Callable[[Run], Run] = lambda run: run,
+    db: Connection, worker: str, now: float, mono: float, launched: Callable = lambda run: run
 ) -> tuple[Run | None, float | None]:
     """Give the best due job to `worker`: (its run, or None if none is due; when the next is due).
 
@@ -653,10 +649,8 @@ def remove_worker(db: Connection, name: str) -> None:
 
 def remove_supervisor(db: Connection, supervisor: int) -> None:
     """Forget a supervisor that is gone, unless workers of it are still to be settled."""
-    db.execute(
-        "DELETE FROM supervisors WHERE id = :id AND :id NOT IN (SELECT supervisor FROM workers)",
-        {"id": supervisor},
-    )
+    unless = "id IN (SELECT supervisor FROM workers)"
+    db.execute(f"DELETE FROM supervisors WHERE id = ? AND NOT {unless}", (supervisor,))
 
 
 # --- reading ---------------------------------------------------------------------------------

@@ -83,13 +83,9 @@ class FarEnd:
         code, why = None, ""
         if self.child is None and mono >= self.due:
             try:
-                self.child = subprocess.Popen(
-                    [b"/bin/sh", b"-c", self.run.stop_line.encode()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    cwd="/",
-                    start_new_session=self.leader,
-                )
+                words = [b"/bin/sh", b"-c", self.run.stop_line.encode()]
+                where = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/")
+                self.child = subprocess.Popen(words, **where, start_new_session=self.leader)
             except OSError as error:  # no more processes: no reason to stop ending the others
                 code, why = 1, error.strerror
             self.due = mono + STOP_LIMIT_S
@@ -492,13 +488,10 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
         raise QueueError(f"{log}: {error.strerror}; remove it") from None
     with os.fdopen(handle, "r+b", 0) as file:
         log_start = file.seek(0, os.SEEK_END)
-        process = subprocess.Popen(
-            [sys.executable, os.path.join(os.path.dirname(__file__), "queuectl.py"), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
+        program = os.path.join(os.path.dirname(__file__), "queuectl.py")
+        words = [sys.executable, program, *arguments]
+        streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        process = subprocess.Popen(words, **streams, start_new_session=True)
         deadline = time.monotonic() + 30
         try:
             while process.poll() is None and time.monotonic() < deadline:
@@ -703,13 +696,9 @@ def execute(desk: Desk, run: Run) -> tuple[int | None, str | None]:
     os.environb[b"QUEUECTL_JOB_ID"] = run.job.encode()
     os.environb[b"QUEUECTL_ATTEMPT"] = str(run.attempt).encode()
     try:
-        done = subprocess.run(
-            [b"/bin/sh", b"-c", (run.line or run.command).encode()],
-            stdin=desk.nothing,
-            stdout=desk.outputs[0],
-            stderr=desk.outputs[1],
-            cwd=b"/" if elsewhere else run.cwd.encode(),
-        )
+        words, (out, err) = [b"/bin/sh", b"-c", (run.line or run.command).encode()], desk.outputs
+        cwd = b"/" if elsewhere else run.cwd.encode()
+        done = subprocess.run(words, stdin=desk.nothing, stdout=out, stderr=err, cwd=cwd)
         return done.returncode, None
     except (OSError, ValueError) as problem:  # cwd gone, command too long, no more processes
         where = getattr(problem, "filename", None)
