@@ -43,6 +43,9 @@ TURN_LIMIT_S = 1.0  # for one's turn to write
 STOP_LIMIT_S = 30.0  # for each try of a stop line
 STOP_PAUSE_S = 60.0  # the longest between two tries
 OUTPUT_BOUND = 16 * 2**20  # bytes on disk of an output file, beyond the end of it that is kept
+# Files, not pipes: a background child cannot block us, memory stays flat, and the supervisor can
+# read what a killed run printed.
+NEW_OUTPUT = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DAMAGED = 3  # a worker's exit code: the queue is beyond trying again
 # Inherited as ignored, it would hide every exit code: of workers, of jobs, of stop lines.
@@ -521,15 +524,10 @@ class Desk:
         self.db, self.path, self.name, self.settings = db, path, name, settings
         self.say = lambda verb, text: say(name, os.getpid(), verb, text)
         self.paths = output_paths(path, name)
-        self.outputs = [self.make(output) for output in self.paths]
+        self.outputs = [database.safe_open(output, NEW_OUTPUT) for output in self.paths]
         self.nothing = os.open(os.devnull, os.O_RDONLY)
         # For writing too: else it ends with each writer.
         self.bell = database.open_bell(path, os.O_RDWR)
-
-    def make(self, path: str) -> int:
-        # Files, not pipes: a background child cannot block us, memory stays flat, and the
-        # supervisor can read what a killed run printed.
-        return database.safe_open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
 
     def clear(self) -> None:
         """Empty the output files for the next run."""
@@ -538,7 +536,7 @@ class Desk:
             if size > OUTPUT_BOUND:  # the supervisor may be cutting it: let that hit the old file
                 with suppress(OSError):  # the directory is gone: then the old one serves on
                     os.unlink(self.paths[number])
-                    self.outputs[number] = self.make(self.paths[number])
+                    self.outputs[number] = database.safe_open(self.paths[number], NEW_OUTPUT)
                     os.close(handle)
                     continue
             if size:
