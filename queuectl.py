@@ -178,20 +178,7 @@ def show_statements(statements: list[tuple[str, str, str]]) -> None:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-
-
-def start_explaining(_: Any, __: Any, wanted: bool) -> None:
-    if wanted:
-        database.show = show_statements
-
-
-explain_option = click.option(
-    "--explain",
-    is_flag=True,
-    expose_value=False,
-    callback=start_explaining,
-    help="Show each SQL statement on stderr.",
-)
+explain_option = click.option("--explain", is_flag=True, help="Show each SQL statement on stderr.")
 limit_option = click.option(
     "--limit", type=click.IntRange(0), help="At most so many; 0: all. Default 100, with --json all."
 )
@@ -205,9 +192,10 @@ limit_option = click.option(
 @click.option("--config", envvar="QUEUECTL_CONFIG", default=config.DEFAULT_PATH, help="Settings.")
 @explain_option
 @click.pass_obj
-def cli(place: Place, db: str, config: str) -> None:
+def cli(place: Place, db: str, config: str, explain: bool) -> None:
     """A background job queue: shell commands in one SQLite file, run by worker processes."""
     place.path, place.config_path = db, config
+    database.show = show_statements if explain else None
 
 
 @cli.command()
@@ -322,13 +310,16 @@ def worker() -> None:
 @click.option("--launcher-stop", metavar="LINE", help="Ends what one may leave.")
 @explain_option  # here too, for this is where one wants to see it
 @click.pass_obj
-def start(place: Place, count: int, detach: bool, drain: bool, **lines: str | None) -> None:
+def start(
+    place: Place, count: int, detach: bool, drain: bool, explain: bool, **lines: str | None
+) -> None:
     """Run jobs. Ctrl+C finishes the running ones and leaves; twice, it puts them back.
 
     \b
     queuectl.py worker start --count 4 --drain
     queuectl.py worker start --count 32 --launcher 'nice -n 19 sh -c {command}'
     """
+    database.show = show_statements if explain else database.show
     given = {name: check_setting(name, line) for name, line in lines.items() if line is not None}
     settings = place.settings | given
     place.db.close()  # made if need be; the workers open their own
