@@ -73,35 +73,35 @@ class Watcher:
     def __init__(self, path: str, hands: Any):
         self.path, self.hands = path, hands
         self.news, self.sharing = threading.Condition(), threading.Lock()
-        self.viewers, self.version, self.stopped = 0, 0, False
+        self.viewers, self.version, self.stopped = 0, 0, threading.Event()
         self.full = self.delta = b""  # full is empty while nobody watches
         self.runs: dict[int, dict[str, Any]] | None = None  # of the last snapshot, by number
         self.answers: dict[str, tuple[int, bytes]] = {}  # request: (version as of which, answer)
 
     def run(self) -> None:
         """Follow the queue while there are viewers, until stopped."""
-        while not self.stopped:
+        while not self.stopped.is_set():
             with self.news:
                 self.full = b""  # it will be old by the time that somebody comes
-                self.news.wait_for(lambda: self.viewers or self.stopped)
+                self.news.wait_for(lambda: self.viewers or self.stopped.is_set())
             try:
                 with opened(self.path) as db:
                     self.follow(db)
             except (OSError, QueueError, database.SQLiteError) as error:
                 self.publish({"trouble": database.error_text(error, self.path)}, [])
-                self.rest(1)
+                self.stopped.wait(1)
 
     def follow(self, db: Any) -> None:
         """Publish a snapshot whenever something has changed, as long as it is the same file."""
         file, seen, refresh_at, self.runs = os.stat(self.path).st_ino, None, 0.0, None
-        while self.viewers and not self.stopped and os.stat(self.path).st_ino == file:
+        while self.viewers and not self.stopped.is_set() and os.stat(self.path).st_ino == file:
             began = time.monotonic()
             workers = self.hands.live_workers(db)  # one that is killed tells the file nothing
             found = database.data_version(db), [row["worker"] for row in workers]
             if found != seen or began >= refresh_at:
                 seen, refresh_at = found, began + REFRESH_S
                 self.look(db, workers, time.time())
-            self.rest(max(LOOK_S, SHARE * (time.monotonic() - began)))
+            self.stopped.wait(max(LOOK_S, SHARE * (time.monotonic() - began)))
 
     def look(self, db: Any, workers: list[Any], now: float) -> None:
         """Take a snapshot: all that the page shows, but for the list of jobs."""
@@ -139,11 +139,11 @@ class Watcher:
         try:
             while True:
                 with self.news:
-                    while not self.stopped and (not self.full or self.version == seen):
+                    while not self.stopped.is_set() and (not self.full or self.version == seen):
                         self.news.wait()
                     text = self.delta if seen and self.version == seen + 1 else self.full
                     seen = self.version
-                if self.stopped:
+                if self.stopped.is_set():
                     return
                 yield text
         finally:
@@ -160,13 +160,9 @@ class Watcher:
                 version, answer = self.answers[request] = self.version, make()
             return answer
 
-    def rest(self, span: float) -> None:
-        with self.news:
-            self.news.wait_for(lambda: self.stopped, span)
-
     def stop(self) -> None:
         with self.news:
-            self.stopped = True
+            self.stopped.set()
             self.news.notify_all()
 
 
