@@ -25,7 +25,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from functools import partial
+from functools import cached_property, partial
 from http.server import BaseHTTPRequestHandler
 from itertools import accumulate
 from socketserver import ThreadingTCPServer
@@ -125,9 +125,8 @@ class Watcher:
             self.version, self.runs = self.version + 1, now
             found["version"] = self.version
             self.full = b"data: %s\n\n" % as_json(found | {"runs": runs, "whole": True})
-            self.delta = b"data: %s\n\n" % as_json(found | {"runs": changed})
-            if whole:
-                self.delta = self.full
+            delta = b"data: %s\n\n" % as_json(found | {"runs": changed})
+            self.delta = self.full if whole else delta
             self.news.notify_all()
 
     def events(self) -> Iterator[bytes]:
@@ -351,10 +350,7 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Server
     server_version, sys_version = "queuectl", ""
-
-    def setup(self) -> None:
-        super().setup()
-        self.nonce = secrets.token_urlsafe(16)
+    nonce = cached_property(lambda self: secrets.token_urlsafe(16))
 
     def log_message(self, *_: object) -> None:
         """Say nothing: only the face prints."""
