@@ -334,8 +334,8 @@ def test_a_queue_that_is_removed_meanwhile_acknowledges_nothing(tmp_path: Path) 
         stderr=subprocess.PIPE,
         env=queue.environment,
     )
-    wal = Path(queue.path + "-wal")
-    eventually(wal.exists, "it has opened the queue and waits for its input")
+    last = Path(queue.path + "-shm")  # SQLite makes it after the -wal
+    eventually(last.exists, "it has opened the queue and waits for its input")
     for name in ("queue.db", "queue.db-wal", "queue.db-shm"):
         (tmp_path / name).unlink()
     said, remarks = process.communicate(b"echo lost\n", timeout=30)
