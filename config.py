@@ -109,7 +109,7 @@ def store(path: str, key: str, text: str) -> dict[str, Any]:
     import tempfile
 
     name = setting_name(key)
-    value = check_setting(name, text if SETTINGS[name].kind is str else parse_number(text))
+    value = check_setting(name, text if SETTINGS[name].kind is str else parse_number(text, name))
     path = os.path.realpath(path)  # the file itself, not a link to it, is replaced
     try:
         folder = os.open(os.path.dirname(path), os.O_RDONLY)
@@ -349,7 +349,7 @@ def refuse_constant(word: str) -> None:
 DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant)
 
 
-def parse_number(text: str) -> float:
+def parse_number(text: str, name: str = "") -> float:
     """Return an int or a float; only what JSON or a shell would call one, so no 1_000."""
     for kind in (int, float):
         try:
@@ -357,7 +357,7 @@ def parse_number(text: str) -> float:
                 return kind(text)
         except ValueError:
             pass
-    raise BadInput(f'"{text}" is not a number')
+    raise BadInput(f'{name}{name and ": "}"{text}" is not a number')
 
 
 def parse_duration(text: str) -> float:

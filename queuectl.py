@@ -19,7 +19,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
 from functools import cached_property
 from typing import Any
@@ -177,10 +177,25 @@ def show_statements(statements: list[tuple[str, str, str]]) -> None:
     put(sys.stderr, "\n".join(lines))
 
 
+def named(parse: Callable[[str], float]) -> Callable[[str], float]:
+    """Return a type of an option that lets click name the option if its value is refused."""
+
+    def convert(text: str) -> float:
+        try:
+            return parse(text)
+        except BadInput as error:
+            raise click.BadParameter(str(error)) from None
+
+    return convert
+
+
+number, duration = named(parse_number), named(parse_duration)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 explain_option = click.option("--explain", is_flag=True, help="Show each SQL statement on stderr.")
 limit_option = click.option(
-    "--limit", type=click.IntRange(0), help="At most so many; 0: all. Default 100, with --json all."
+    "--limit",
+    type=click.IntRange(0, 2**53),
+    help="At most so many; 0: all. Default 100, with --json all.",
 )
 
 
@@ -210,11 +225,11 @@ def init(place: Place) -> None:
 @click.argument("job", required=False)
 @click.option("--command", help="The shell command, instead of JOB.")
 @click.option("--id", help="A name of your own for the job.")
-@click.option("--priority", type=parse_number, metavar="N", help="Higher runs first. Default 0.")
+@click.option("--priority", type=number, metavar="N", help="Higher runs first. Default 0.")
 @click.option("--run-at", metavar="TIME", help="Not before: 2030-01-31T12:00:00Z or Unix seconds.")
-@click.option("--delay", type=parse_duration, metavar="5m", help="Not before so long from now.")
-@click.option("--timeout", type=parse_duration, metavar="30s", help="End a run after so long.")
-@click.option("--max-retries", type=parse_number, metavar="N", help="How often it is run again.")
+@click.option("--delay", type=duration, metavar="5m", help="Not before so long from now.")
+@click.option("--timeout", type=duration, metavar="30s", help="End a run after so long.")
+@click.option("--max-retries", type=number, metavar="N", help="How often it is run again.")
 @click.option("--cwd", metavar="DIR", help="Where it runs. Default: here.")
 @click.option("--file", metavar="PATH", help="Many: a JSON array or an object a line; - is stdin.")
 @click.option("--lines", is_flag=True, help="With --file: each line is a command.")
@@ -336,7 +351,7 @@ def start(
 
 @worker.command()
 @click.option("--now", is_flag=True, help="Stop the running jobs and put them back.")
-@click.option("--timeout", type=parse_duration, metavar="30s", help="Wait no longer than this.")
+@click.option("--timeout", type=duration, metavar="30s", help="Wait no longer than this.")
 @click.pass_obj
 def stop(place: Place, now: bool, timeout: float | None) -> None:
     """Let every worker finish its job and leave; wait until they have."""
@@ -534,7 +549,7 @@ class Tail:
 
 @cli.command()
 @click.argument("ids", nargs=-1)
-@click.option("--timeout", type=parse_duration, metavar="5m", help="Wait no longer than this.")
+@click.option("--timeout", type=duration, metavar="5m", help="Wait no longer than this.")
 @click.pass_obj
 def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
     """Wait until jobs (none named: all) have settled; exit 0 only if all completed."""
@@ -647,7 +662,7 @@ def configure(place: Place, words: tuple[str, ...], as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--older-than", type=parse_duration, required=True, metavar="7d", help="By its end.")
+@click.option("--older-than", type=duration, required=True, metavar="7d", help="By its end.")
 @click.option("--state", "states", multiple=True, type=click.Choice(database.SETTLED))
 @click.option("--dry-run", is_flag=True, help="Only say how many.")
 @click.option("--vacuum", is_flag=True, help="Make the file small; who writes meanwhile waits.")
