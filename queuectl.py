@@ -79,10 +79,10 @@ def main() -> int:
     except (click.Abort, KeyboardInterrupt):
         code = 130
     except OSError as error:  # nobody reads on (`list | head`), or there is no room for the result
-        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
-            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to flush must not fail again
-        code = 1 if error.errno == errno.EPIPE else complain(f"standard output: {error}", 1)
+        gone = "the current directory" if error.errno == errno.ENOENT else "standard output"
+        told = f"{error.filename or gone}: {error.strerror}"
+        code = 1 if error.errno == errno.EPIPE else complain(told, 1)
     return code
 
 
@@ -261,7 +261,8 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
     else:
         entries = [(0, given)]
     ignored: set[str] = set()
-    jobs = config.check_jobs(entries, place.settings, current_directory(), ignored)
+    cwd = config.check_text("cwd", os.getcwd())
+    jobs = config.check_jobs(entries, place.settings, cwd, ignored)
     database.gather(place.db, jobs)
     if not os.path.exists(place.path):  # all this may have taken long
         raise database.QueueError(f"{place.path} is gone: nothing was enqueued")
@@ -284,13 +285,6 @@ def parsed_job(text: str) -> Any:
         return config.parse_json(text)
     except BadInput as error:
         raise BadInput(f"{error}; for a shell command write --command TEXT") from None
-
-
-def current_directory() -> str:
-    try:
-        return config.check_text("cwd", os.getcwd())
-    except FileNotFoundError:
-        raise database.QueueError("the current directory is gone; change to another") from None
 
 
 def file_lines(path: str) -> Iterator[str]:

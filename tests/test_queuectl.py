@@ -653,18 +653,28 @@ def test_a_run_that_cannot_start_fails_and_the_worker_lives_on(queue: Queue) -> 
     assert found[1]["last_error"] == f"cannot be started: No such file or directory: {gone}"
 
 
-def test_a_caller_without_a_directory_gets_one_line(standing: Queue, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        "enqueue --command true",
+        "--config c worker start --detach",
+        "--config c config max-retries 1",
+    ],
+)
+def test_a_caller_without_a_directory_gets_one_line(
+    standing: Queue, tmp_path: Path, words: str
+) -> None:
     (tmp_path / "gone").mkdir()
     line = 'cd gone && rmdir ../gone && exec "$@"'
     done = subprocess.run(
-        ["sh", "-c", line, "sh", *QUEUECTL, "enqueue", "--command", "true"],
+        ["sh", "-c", line, "sh", *QUEUECTL, *words.split()],
         capture_output=True,
         text=True,
         cwd=tmp_path,
         env=standing.environment,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr == "Error: the current directory: No such file or directory\n"
 
 
 # --- many at once ----------------------------------------------------------------------------
@@ -777,8 +787,23 @@ def test_a_result_that_cannot_be_written_is_an_error_of_one_line(standing: Queue
         done = subprocess.run(
             [*QUEUECTL, "list"], stdout=full, stderr=subprocess.PIPE, env=standing.environment
         )
-    assert done.returncode == 1
-    assert done.stderr.startswith(b"Error: ") and done.stderr.count(b"\n") == 1, done.stderr
+    assert (done.returncode, done.stderr) == (
+        1,
+        b"Error: standard output: No space left on device\n",
+    )
+
+
+def test_a_result_for_which_there_is_no_way_out_is_an_error_of_one_line(standing: Queue) -> None:
+    for way, why in (("1</dev/null", "Bad file descriptor"), ("1>big", "File too large")):
+        line = f'ulimit -f 0; "$@" {way}'
+        done = subprocess.run(
+            ["sh", "-c", line, "sh", *QUEUECTL, "config", "list"],
+            stderr=subprocess.PIPE,
+            cwd=standing.folder,
+            env=standing.environment,
+        )
+        assert (done.returncode, done.stderr.decode()) == (1, f"Error: standard output: {why}\n")
+    (standing.folder / "big").unlink()
 
 
 def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(tmp_path: Path) -> None:
