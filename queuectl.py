@@ -504,9 +504,10 @@ def logs(
         runs = [run for run in runs if known in (None, run["id"])]
         if runs:
             run, known = runs[-1], runs[-1]["id"]
+            last = bool(run["finished_at"] or not follow)
             for name, tail in tails.items():
-                tail.put(run[name] or b"", run[f"{name}_bytes"] or 0)
-            if run["finished_at"] or not follow:
+                tail.put(run[name] or b"", run[f"{name}_bytes"] or 0, last)
+            if last:
                 break
         else:
             job = database.job(place.db, seq)
@@ -528,8 +529,10 @@ class Tail:
         self.follow, self.sent = follow, 0
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def put(self, kept: bytes, written: int) -> None:
+    def put(self, kept: bytes, written: int, last: bool) -> None:
         """Print what is new of a stream of `written` bytes, the last of which are `kept`."""
+        if written < self.sent:
+            self.sent = 0  # the job has emptied it: `> /dev/stdout`
         skipped = written - len(kept) - self.sent
         data = kept[max(0, -skipped) :]
         if data and self.head:
@@ -537,7 +540,7 @@ class Tail:
         if skipped > 0:
             click.echo(f"[... {skipped} bytes cut ...]")
         self.sent = max(self.sent, written)
-        text = clean(self.decoder.decode(data), keep=LAYOUT)
+        text = clean(self.decoder.decode(data, last), keep=LAYOUT)
         click.echo(text, nl=not self.follow and text[-1:] not in ("", "\n"))
 
 

@@ -961,6 +961,27 @@ def test_logs_follow_a_job_from_before_its_start_to_its_end(queue: Queue) -> Non
     queue.run("wait", "slow", "--timeout", "30s", check=0)
 
 
+def test_logs_show_the_half_of_a_character_with_which_an_output_ends(queue: Queue) -> None:
+    queue.run("enqueue", "--id", "half", "--command", r"printf 'caf\303'", check=0)
+    queue.drain()
+    for words in (("--stdout",), ("--stdout", "--follow")):
+        assert queue.run("logs", "half", *words, check=0).stdout.rstrip() == "caf\ufffd"
+    assert queue.job("half")["stdout"] == "caf\ufffd"
+
+
+def test_logs_follow_a_job_that_empties_its_own_output(queue: Queue) -> None:
+    wait = "until [ -e go ]; do sleep 0.02; done"
+    command = f"echo a long line; {wait}; echo two > /dev/stdout; echo three"
+    queue.run("enqueue", "--command", command, "--id", "a", check=0)
+    queue.start()
+    follower = subprocess.Popen(
+        [*QUEUECTL, "logs", "a", "--follow"], stdout=subprocess.PIPE, env=queue.environment
+    )
+    assert follower.stdout.readline() == b"a long line\n"
+    (queue.folder / "go").touch()
+    assert follower.communicate(timeout=DEADLINE_S)[0] == b"two\nthree\n"
+
+
 def test_logs_that_follow_a_run_stay_with_it_when_the_next_has_begun(queue: Queue) -> None:
     queue.configure(backoff_base=0, backoff_jitter=0)
     wait = "until [ -e go$QUEUECTL_ATTEMPT ]; do sleep 0.02; done"
