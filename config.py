@@ -61,7 +61,8 @@ ID_LIMIT = 128
 
 # {id} in a launcher, but not what a shell reads: ${id}, {a,b}, { print; }, {{.ID}}.
 PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)\}")
-QUOTED = re.compile(r"""\\.|'[^']*'?|"(?:\\.|[^"\\])*"?""", re.S)  # as a shell sees a line
+# As a shell sees a line: escapes, comments, quotes that are closed.
+QUOTED = re.compile(r"""\\.|(?<!\S)\#[^\n]*|'[^']*'|"(?:\\.|[^"\\])*\"""", re.S)
 PLACES = ("command", "id", "attempt", "cwd")
 
 
@@ -153,7 +154,7 @@ def check_setting(name: str, value: Any) -> float | str:
         raise BadInput(f'"{name}" has {{{unknown[0]}}}; there are: {there_are}')
     for text in QUOTED.findall(value):
         if text[0] != "\\" and "$(" not in text and (place := PLACEHOLDER.search(text)):
-            told = "is inside of quotes: each value gets its own; pass it on as an argument"
+            told = "is in quotes or a comment: each value has its own; pass it on as an argument"
             raise BadInput(f"\"{name}\": {place[0]} {told} (sh -c '...' sh {place[0]})")
     if name == "launcher" and value and "command" not in found:
         raise BadInput(f'"{name}" must have {{command}} in it, else nothing of the job would run')

@@ -161,11 +161,15 @@ class Supervisor:
         """Refuse a stop line that fails when nothing is to be ended: each end would wait for it."""
         run = launched(self.settings, Run(0, "", 0, 0, "nobody", 0, 0, 0, "true", "/", 0))
         far = FarEnd(run, lambda *_: None, leader=True)
-        while run.stop_line and not far.reached(time.monotonic()):
-            if far.tries:
-                what = "launcher_stop must exit 0 when nothing is left to end"
-                raise QueueError(f"{what}; this does not: {run.stop_line}")
-            time.sleep(0.01)
+        try:
+            while run.stop_line and not far.reached(time.monotonic()):
+                if far.tries:
+                    what = "launcher_stop must exit 0 when nothing is left to end"
+                    raise QueueError(f"{what}; this does not: {run.stop_line}")
+                time.sleep(0.01)
+        finally:
+            if far.child and far.child.poll() is None:  # Ctrl+C
+                send(-far.child.pid, signal.SIGKILL)
 
     def on_signal(self, *_: object) -> None:
         self.signals += 1

@@ -100,13 +100,19 @@ def test_a_stop_line_needs_no_command_but_known_places(queue):
 
 
 @pytest.mark.parametrize(
-    "line", ["sh -c '{command}'", "sh -c 'cd {cwd} && {command}'", 'ssh far "x {command}"']
+    "line",
+    [
+        "sh -c '{command}'",
+        "sh -c 'cd {cwd} && {command}'",
+        'ssh far "x {command}"',
+        "# runs {command}\nsh -c {command}",
+    ],
 )
 def test_a_place_inside_of_quotes_is_refused_for_the_value_has_its_own(queue, line):
     said = queue.run("config", "set", "launcher", line, check=2).stderr
-    assert "is inside of quotes" in said
+    assert "is in quotes or a comment" in said
     queue.configure(launcher=line)
-    assert "is inside of quotes" in queue.run("config", "list", check=1).stderr
+    assert "is in quotes or a comment" in queue.run("config", "list", check=1).stderr
 
 
 @pytest.mark.parametrize(
@@ -115,6 +121,8 @@ def test_a_place_inside_of_quotes_is_refused_for_the_value_has_its_own(queue, li
         """--x="$HOME/logs/"{id} sh -c {command}''""",
         """env A='x y'{id} sh -c {command}""",
         r"""echo \"{id} "$(echo {id})"; sh -c {command}""",
+        "# a job can't do more\nsh -c {command} # nor won't it",
+        "cat <<END; sh -c {command}\ndon't: {id}\nEND",
     ],
 )
 def test_quotes_beside_a_place_are_a_shells_own(queue, line):
@@ -288,6 +296,16 @@ def test_a_stop_line_that_fails_with_nothing_to_end_is_refused_at_the_start(far)
     assert "nobody" in done.stderr
     assert "did not start" in far.run("worker", "start", "--detach", check=1).stderr
     far.run("worker", "start", "--drain", "--launcher", "", check=0)
+
+
+def test_ctrl_c_while_the_stop_line_is_tried_ends_it(queue):
+    line = f"echo $$ > {queue.folder}/pid; exec sleep 60"
+    launch = ("--launcher", "sh -c {command}", "--launcher-stop", line)
+    supervisor = queue.start(*launch, ready=False)
+    pid = eventually(lambda: (queue.folder / "pid").exists() and (queue.folder / "pid").read_text())
+    supervisor.send_signal(signal.SIGINT)
+    assert supervisor.wait(20) == 130
+    eventually(lambda: worker.process_birth(int(pid)) is None, "it has ended")
 
 
 @pytest.mark.parametrize("where", ["worker", "supervisor"])
