@@ -274,6 +274,22 @@ def run_directory(path: str) -> str:
     return os.path.realpath(path) + ".run"
 
 
+def exposed(path: str) -> str:
+    """Say where others could write the queue, or replace it, and what mends that; else ""."""
+    folder, parents = run_directory(path), {os.path.dirname(os.path.abspath(path))}
+    parents.add(os.path.dirname(folder))  # another one, if the path is a link
+    for place in (path, folder, *sorted(parents)):
+        with suppress(FileNotFoundError):  # not every queue has its run directory yet
+            status = os.stat(place, follow_symlinks=place != folder)
+            # Others cannot replace our files in a sticky directory (/tmp). A group that is our own
+            # is let in to the parent: where each user has one, umask 002 makes all directories so.
+            sticky = place in parents and status.st_mode & stat.S_ISVTX
+            bits = 0o002 if place in parents and status.st_gid == os.getegid() else 0o022
+            if status.st_mode & bits and not sticky:
+                return f"others can write {place}; chmod go-w {place}"
+    return ""
+
+
 def safe_open(path: str, flags: int) -> int:
     """Open a private file; never through a symlink, which somebody may have planted."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -1108,10 +1124,8 @@ def check(db: Connection, path: str) -> Iterator[tuple[str, str, str]]:
     other = "" if version == VERSION else f"it is {version}"
     cause = "another version of queuectl, at work meanwhile"
     yield f"its schema is version {VERSION}", other, cause
-    others = stat.S_IMODE(os.stat(path).st_mode) & 0o022
-    remedy = f"chmod go-w {path}" if others else ""
     cause = "a chmod: who writes it has commands run as its owner"
-    yield "only its owner can write it", remedy, cause
+    yield "only its owner can write it", exposed(path), cause
     for name, (query, cause) in INVARIANTS.items():
         yield name, found(query + " LIMIT 3", "found in "), cause
 

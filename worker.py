@@ -21,7 +21,6 @@ import random
 import resource
 import select
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -750,11 +749,9 @@ def output_paths(path: str, worker: str) -> list[str]:
 def make_run_directory(path: str) -> None:
     """Make it, private, with the bell in it.
 
-    Raises QueueError if it cannot be made, and where others could write: they could put commands
-    there for us to run.
+    Raises QueueError if it cannot be made, and where others could put commands for us to run.
     """
-    folder, parents = database.run_directory(path), {os.path.dirname(os.path.abspath(path))}
-    parents.add(os.path.dirname(folder))  # another one, if the path is a link
+    folder = database.run_directory(path)
     try:
         with suppress(FileExistsError):
             os.mkdir(folder, 0o700)
@@ -762,16 +759,11 @@ def make_run_directory(path: str) -> None:
         raise QueueError(f"{folder} cannot be made: {error.strerror}") from None
     if not os.path.isdir(folder) or os.path.islink(folder):
         raise QueueError(f"{folder} is not a directory; remove it")
-    for place in (path, folder, *sorted(parents)):
-        status = os.stat(place, follow_symlinks=place != folder)
-        # Others cannot replace our files in a sticky directory (/tmp). A group that is our own is
-        # let in to the parent: where every user has one, umask 002 makes all directories so.
-        sticky = place in parents and status.st_mode & stat.S_ISVTX
-        bits = 0o002 if place in parents and status.st_gid == os.getegid() else 0o022
-        if status.st_mode & bits and not sticky:
-            raise QueueError(f"others can write {place}; chmod go-w {place}")
-        if place not in parents and status.st_uid != os.geteuid():
-            raise QueueError(f"{place} belongs to another user (uid {status.st_uid})")
+    if exposed := database.exposed(path):
+        raise QueueError(exposed)
+    for place in (path, folder):
+        if (owner := os.stat(place).st_uid) != os.geteuid():
+            raise QueueError(f"{place} belongs to another user (uid {owner})")
     # There already; or there are no FIFOs here, and polling alone serves.
     with suppress(FileExistsError, PermissionError, AttributeError):
         os.mkfifo(os.path.join(folder, "bell"), 0o600)

@@ -659,9 +659,12 @@ def test_doctor_finds_every_broken_invariant_and_names_it(db, path):
 
 
 def test_doctor_names_the_chmod_that_mends_a_queue_others_can_write(db, path):
-    os.chmod(path, 0o620)
-    assert f"chmod go-w {path}" in [remedy for _, remedy, _ in database.check(db, path)]
-    os.chmod(path, 0o600)
+    for place, mode in ((path, 0o620), (os.path.dirname(path), 0o777)):
+        before = os.stat(place).st_mode
+        os.chmod(place, mode)
+        told = f"others can write {place}; chmod go-w {place}"
+        assert told in [problem for _, problem, _ in database.check(db, path)]
+        os.chmod(place, before)
 
 
 # --- what people and scripts read ------------------------------------------------------------
