@@ -446,6 +446,11 @@ def claim(
         # rowcount 0: another worker was faster; look again.
 
 
+def note_exit(db: Connection, run: Run, exit_code: int) -> None:
+    """Note that a command has exited, while what it left behind is still being ended."""
+    db.execute("UPDATE runs SET exit_code = ? WHERE id = ?", (exit_code, run.id))
+
+
 def held_by(db: Connection, worker: str) -> Run | None:
     """Return the run that a worker holds, or None."""
     row = db.execute(
@@ -649,7 +654,7 @@ def workers(db: Connection) -> list[Row]:
                jobs_done, supervisor, host, boot, heartbeat_at, lock_timeout_s, stop,
                supervisors.pid AS supervisor_pid, supervisors.birth AS supervisor_birth,
                jobs.id AS job, command, jobs.started_at AS since, timeout_s, cancelling,
-               runs.id AS run, started_mono
+               runs.id AS run, started_mono, runs.exit_code
         FROM workers
         JOIN supervisors ON supervisors.id = supervisor
         LEFT JOIN jobs ON state = 'processing' AND jobs.worker = 'w' || workers.id

@@ -357,7 +357,8 @@ class Supervisor:
             return *NOT_COUNTED, None
         if row["cancelling"]:
             return "cancelled", "cancelled", row["run"]
-        late = row["run"] and 0 < row["timeout_s"] < mono - row["started_mono"]
+        running = row["run"] and row["exit_code"] is None
+        late = running and 0 < row["timeout_s"] < mono - row["started_mono"]
         # A worker that is alone holds a result for which there is no room yet.
         if late and (children(row["pid"]) or len(session_members(row["pid"])) > 1):
             return "failed", f"timed out after {duration_text(row['timeout_s'])}", row["run"]
@@ -643,7 +644,11 @@ def run_one(desk: Desk, run: Run) -> Result:
     """Run one claimed job to its end, with all that it has started."""
     desk.say("started", f"{run.job} (run {run.attempt} of {run.max_retries + 1}): {run.command}")
     code, error = execute(desk, run)
-    if has_children() and len(session_members(os.getpid())) > 1:
+    leftovers = has_children() and len(session_members(os.getpid())) > 1
+    if leftovers or (code and run.stop_line):
+        with suppress(database.SQLiteError):  # what is still to be done is not in its time
+            database.note_exit(desk.db, run, code)
+    if leftovers:
         end_leftovers(desk)
     if code and run.stop_line:
         # The line has failed, but has the command? Somebody may have killed the launcher alone, or
