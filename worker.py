@@ -454,7 +454,9 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
     killed leave by themselves; what they held is settled here.
     """
     with closing(Supervisor(path, settings, say)) as settler:
-        count = len(live_workers(settler.queue()))  # before any of them can have heard it
+        rows = live_workers(settler.queue())  # before any of them can have heard it
+        if any(is_alive(row) and row["pid"] == os.getsid(0) for row in rows):
+            raise QueueError("this is a job of these workers: it would wait for itself")
         asked = database.ask_to_stop(settler.queue(), 2 if now else 1)
         deadline = time.monotonic() + timeout_s if timeout_s is not None else None
         while True:
@@ -464,7 +466,7 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
             left += [row for row in database.workers(db) if row["supervisor"] in asked]
             left = [row["pid"] for row in left if is_here(row)]
             if not left:
-                return count
+                return len(rows)
             if deadline is not None and time.monotonic() >= deadline:
                 pids, after = ", ".join(map(str, left)), duration_text(timeout_s)
                 told = f"still there after {after}: pid {pids}; --now does not wait for jobs"
