@@ -552,22 +552,25 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
     """Wait until jobs (none named: all) have settled; exit 0 only if all completed."""
     seqs = [database.find(place.db, id) for id in ids]
     deadline, told = None if timeout is None else time.monotonic() + timeout, False
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""  # of a line, in place of the progress
     while True:
+        began = time.monotonic()
         found = database.counts(place.db, seqs)
         total = found["total"]
         left = total - sum(found[state] for state in database.SETTLED)
-        if sys.stderr.isatty():
-            line = f"\r{total - left} of {total} settled, {found['processing']} running\x1b[K"
+        if start:
+            line = f"{start}{total - left} of {total} settled, {found['processing']} running"
             click.echo(line, nl=not left, err=True)
         if not left:
             break
         if not told and not place.hands.live_workers(place.db):
             told = True
-            click.echo("no worker is running; `worker start` starts one", err=True)
+            click.echo(f"{start}no worker is running; `worker start` starts one", err=True)
         if deadline and time.monotonic() >= deadline:
+            click.echo(start, nl=False, err=True)
             after = duration_text(timeout)
             raise database.QueueError(f"after {after} {left} of {plural(total, 'job')} not settled")
-        time.sleep(0.1)
+        time.sleep(max(0.1, 10 * (time.monotonic() - began)))  # to count a big queue takes long
     if found["completed"] != total:
         raise database.QueueError(f"{found['dead']} dead, {found['cancelled']} cancelled")
 

@@ -824,7 +824,13 @@ def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(tmp_path: Path) -> No
 
 def test_wait_status_and_list_know_a_terminal(standing: Queue) -> None:
     code, shown = on_terminal(standing, "wait", "good")
-    assert (code, shown) == (0, "\r1 of 1 settled, 0 running\x1b[K\r\n")
+    assert (code, shown) == (0, "\r\x1b[K1 of 1 settled, 0 running\r\n")
+    code, shown = on_terminal(standing, "wait", "later", "--timeout", "0s")
+    assert code == 1 and shown.split("\r\x1b[K")[1:] == [
+        "0 of 1 settled, 0 running",
+        "no worker is running; `worker start` starts one\r\n",
+        "Error: after 0.00 s 1 of 1 job not settled\r\n",
+    ]
     piped = standing.run("wait", "good", check=0)
     assert (piped.stdout, piped.stderr) == ("", "")
     assert on_terminal(standing, "status")[1].split("\r\n") == (
