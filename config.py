@@ -266,8 +266,9 @@ def check_time(name: str, value: Any) -> float:
             raise BadInput(f'"{name}" {value!s:.40} is no time in Unix seconds')
         return float(value)
     try:
-        # Python 3.10 does not know the suffix Z.
-        moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", check_text(name, value).strip()))
+        # Python 3.10 knows neither the suffix Z nor +0100.
+        text = re.sub("[zZ]$", "+00:00", check_text(name, value).strip())
+        moment = datetime.fromisoformat(re.sub(r"(T.*[+-]\d\d)(\d\d)$", r"\1:\2", text))
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=timezone.utc)
         return check_time(name, moment.timestamp())
