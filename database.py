@@ -959,7 +959,7 @@ def sentence(job: Row, now: float) -> str:
         return f"dead after {ran}; `dlq retry {job['id']}` starts over"
     if state == "completed":
         return f"completed on run {job['attempts']} of {total}"
-    return f"cancelled after {ran}" if job["attempts"] else "cancelled before it ran"
+    return f"cancelled after {ran}" if job["attempts"] else "cancelled while it waited"
 
 
 # --- explain: what --explain shows -----------------------------------------------------------

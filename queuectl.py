@@ -693,7 +693,7 @@ def demo(names: tuple[str, ...], listed: bool, pause: bool) -> None:
     """
     import runpy
 
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "demo.py")
+    script = os.path.join(os.path.dirname(os.path.realpath(__file__)), "tests", "demo.py")
     if not os.path.exists(script):
         raise database.QueueError(f"{script} is missing: demo needs the whole checkout")
     sys.argv = [script, *["--list"] * listed, *["--pause"] * pause, "--", *names]

@@ -714,7 +714,7 @@ SENTENCES = [
     (dict(state="dead", attempts=4), "dead after 4 runs; `dlq retry a` starts over"),
     (dict(state="dead", attempts=1), "dead after 1 run; `dlq retry a` starts over"),
     (dict(state="completed", attempts=1), "completed on run 1 of 4"),
-    (dict(state="cancelled"), "cancelled before it ran"),
+    (dict(state="cancelled"), "cancelled while it waited"),
     (dict(state="cancelled", attempts=2), "cancelled after 2 runs"),
 ]
 

@@ -863,7 +863,7 @@ def test_nobody_reads_what_the_workers_say_and_they_work_on(queue: Queue) -> Non
 
 
 def test_worker_stop_waits_only_for_those_it_asked(queue: Queue) -> None:
-    enqueue(queue, "a", "until [ -e go ]; do sleep 0.05; done")
+    enqueue(queue, "a", UNTIL_GO)
     queue.start()
     eventually(lambda: queue.state("a") == "processing")
     stop = subprocess.Popen(
@@ -874,7 +874,7 @@ def test_worker_stop_waits_only_for_those_it_asked(queue: Queue) -> None:
     eventually(lambda: database.supervisors(db)[0]["stop"] == 1)
     db.close()
     second = queue.start()
-    (queue.folder / "go").touch()
+    go(queue)
     assert stop.wait(20) == 0
     assert second.poll() is None
 
@@ -892,12 +892,12 @@ def test_the_queue_is_removed_under_its_workers_and_they_leave(queue: Queue) -> 
 
 
 def test_ctrl_c_after_worker_stop_is_the_first_and_lets_the_job_finish(queue: Queue) -> None:
-    enqueue(queue, "a", "until [ -e go ]; do sleep 0.05; done")
+    enqueue(queue, "a", UNTIL_GO)
     process = queue.start()
     eventually(lambda: queue.state("a") == "processing")
     queue.run("worker", "stop", "--timeout", "0.1s", check=1)
     process.send_signal(signal.SIGINT)
-    (queue.folder / "go").touch()
+    go(queue)
     assert process.wait(20) == 0
     assert queue.state("a") == "completed"
 
