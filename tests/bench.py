@@ -5,8 +5,8 @@
 Each row has a figure of queuectl, one of a rival, an ideal or a target, their ratio, and what the
 ratio should be. Figures are medians, with the lowest and highest in brackets; ratios are medians of
 the rounds' ratios. Rivals (xargs, parallel, tsp, nq) are used if they are here: apt-get install
-findutils parallel task-spooler nq. It takes three to four minutes on two shared cores; `--long`
-prunes all of a million jobs instead of a quarter, and takes more than a minute longer.
+findutils parallel task-spooler nq. It takes three minutes on two cores, four or more if they are
+shared; `--long` prunes all of a million jobs instead of a fifth, a minute and more.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Bench:
     def drain(self) -> None:
         """`true` at full speed. Rivals that are slow get fewer jobs: rates are compared."""
         count, few = self.size(3000), self.size(600)
-        jobs = {"xargs": count, "parallel": few, "tsp": few, "nq": few}
+        jobs = {"xargs": count, "parallel": few // 2, "tsp": few, "nq": few}
         here = [name for name in jobs if shutil.which(name)]
         drain, both, rates = [], [], {name: [] for name in jobs}
         for _ in self.rounds(3):
@@ -203,8 +203,9 @@ class Bench:
             self.add("drain", what + more, "jobs/s", ours, name, rates[name], ">= 2", told)
 
     def output(self) -> None:
-        """Jobs that print 1 KB each, which queuectl keeps and xargs writes into one file."""
-        count, ours, theirs = self.size(10_000), [], []
+        """Jobs that print 1 KB each, which queuectl keeps and xargs writes into one file: 10,000 of
+        them, in two rounds."""
+        count, ours, theirs = self.size(5_000), [], []
         for _ in self.rounds(2):
             ours.append(count / self.drained(KILOBYTE, count)[1])
             if shutil.which("xargs"):
@@ -294,7 +295,7 @@ class Bench:
         """Claims and finishes a second through database.py, in a small and in the big queue."""
         count, rates = self.size(2000), {}
         queues = [Hand(str(self.folder / "small")), Hand(self.big)]
-        for number in range(len(self.rounds(5)) + 1):
+        for number in range(len(self.rounds(4)) + 1):
             for hand in queues:
                 hand.enqueue(count)
                 began = time.perf_counter()
@@ -323,7 +324,7 @@ class Bench:
             "show": ["show", job], "logs": ["logs", job], "dlq list": ["dlq", "list"],
         }  # fmt: skip
         spans = {name: [] for name in asked}
-        for _ in self.rounds(5):
+        for _ in self.rounds(4):
             bare = self.timed(self.words(self.big, "config", "get", "max-retries"))
             for name, words in asked.items():
                 span = self.timed(self.words(self.big, *words))
@@ -334,8 +335,8 @@ class Bench:
             self.add("commands", what, "ms", ours, "target", [bound], "<= 1")
 
     def prune(self) -> None:
-        """Prune a quarter of the million, or all, while jobs are claimed; then the file's size."""
-        old = "1s" if self.long else f"{0.0075 * self.size(1_000_000)}s"  # a hundred ended a second
+        """Prune a fifth of the million, or all, while jobs are claimed; then the file's size."""
+        old = "1s" if self.long else f"{0.008 * self.size(1_000_000)}s"  # a hundred ended a second
         before = sizes_of(self.big)[0]
         worker.make_run_directory(self.big)
         worker.take_turns(self.big)  # as every worker does, and so `prune`
@@ -389,7 +390,7 @@ class Bench:
     def idle(self) -> None:
         """A supervisor and 8 workers with nothing to do."""
         process, workers = self.idle_workers("idle", 8)
-        pids, span = [process.pid, *workers], 1 if self.quick else 10
+        pids, span = [process.pid, *workers], 1 if self.quick else 6
         before, began = sum(map(cpu_s, pids)), time.perf_counter()
         time.sleep(span)
         share = 100 * (sum(map(cpu_s, pids)) - before) / (time.perf_counter() - began)
@@ -573,7 +574,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="NAME", nargs="+", choices=ROWS, help=" ".join(ROWS))
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", action="store_true", help="a tenth of the size: a smoke test")
-    sizes.add_argument("--long", action="store_true", help="prune a million jobs, not a quarter")
+    sizes.add_argument("--long", action="store_true", help="prune a million jobs, not a fifth")
     given = parser.parse_args()
     adopt()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
