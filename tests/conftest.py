@@ -27,6 +27,8 @@ OURS = COMPILED not in os.environ
 if OURS:
     os.environ[COMPILED] = tempfile.mkdtemp(prefix="queuectl-compiled-")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# A shell's background ignores it, and so would all that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from hypothesis import configuration, settings  # noqa: E402
 
