@@ -61,8 +61,8 @@ ID_LIMIT = 128
 
 # {id} in a launcher, but not what a shell reads: ${id}, {a,b}, { print; }, {{.ID}}.
 PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)\}")
-# As a shell sees a line: escapes, comments, quotes that are closed.
-QUOTED = re.compile(r"""\\.|(?<!\S)\#[^\n]*|'[^']*'|"(?:\\.|[^"\\])*\"""", re.S)
+# As a shell sees a line: escapes, comments, quotes.
+QUOTED = re.compile(r"""\\.|(?<!\S)\#[^\n]*|'[^']*'?|"(?:\\.|[^"\\])*"?""", re.S)
 PLACES = ("command", "id", "attempt", "cwd")
 
 
@@ -268,7 +268,7 @@ def check_time(name: str, value: Any) -> float:
     try:
         # Python 3.10 knows neither the suffix Z nor +0100.
         text = re.sub("[zZ]$", "+00:00", check_text(name, value).strip())
-        moment = datetime.fromisoformat(re.sub(r"(T.*[+-]\d\d)(\d\d)$", r"\1:\2", text))
+        moment = datetime.fromisoformat(re.sub(r"([Tt ].*[+-]\d\d)(\d\d)$", r"\1:\2", text))
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=timezone.utc)
         return check_time(name, moment.timestamp())

@@ -448,7 +448,9 @@ def claim(
 
 def note_exit(db: Connection, run: Run, exit_code: int) -> None:
     """Note that a command has exited, while what it left behind is still being ended."""
-    db.execute("UPDATE runs SET exit_code = ? WHERE id = ?", (exit_code, run.id))
+    db.execute(
+        "UPDATE runs SET exit_code = ? WHERE id = ? AND finished_at IS NULL", (exit_code, run.id)
+    )
 
 
 def held_by(db: Connection, worker: str) -> Run | None:

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # Ctrl+C while all this is being loaded ends it, wit
 import codecs
 import errno
 import json
+import math
 import os
 import re
 import time
@@ -80,8 +81,9 @@ def main() -> int:
         code = 130
     except OSError as error:  # nobody reads on (`list | head`), or there is no room for the result
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to flush must not fail again
-        gone = "the current directory" if error.errno == errno.ENOENT else "standard output"
-        told = f"{error.filename or gone}: {error.strerror}"
+        told = f"{error.filename or 'standard output'}: {error.strerror}"
+        if error.errno == errno.ENOENT and not error.filename:
+            told = "the current directory is gone; change to another"
         code = 1 if error.errno == errno.EPIPE else complain(told, 1)
     return code
 
@@ -531,7 +533,7 @@ class Tail:
 
     def put(self, kept: bytes, written: int, last: bool) -> None:
         """Print what is new of a stream of `written` bytes, the last of which are `kept`."""
-        if written < self.sent:
+        if kept and written < self.sent:
             self.sent = 0  # the job has emptied it: `> /dev/stdout`
         skipped = written - len(kept) - self.sent
         data = kept[max(0, -skipped) :]
@@ -551,11 +553,12 @@ class Tail:
 def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
     """Wait until jobs (none named: all) have settled; exit 0 only if all completed."""
     seqs = [database.find(place.db, id) for id in ids]
-    deadline, told = None if timeout is None else time.monotonic() + timeout, False
+    deadline, told = time.monotonic() + (math.inf if timeout is None else timeout), False
     start = "\r\x1b[K" if sys.stderr.isatty() else ""  # of a line, in place of the progress
     while True:
         began = time.monotonic()
         found = database.counts(place.db, seqs)
+        pause = max(0.1, min(1, 10 * (time.monotonic() - began)))  # to count a big queue takes long
         total = found["total"]
         left = total - sum(found[state] for state in database.SETTLED)
         if start:
@@ -566,11 +569,11 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
         if not told and not place.hands.live_workers(place.db):
             told = True
             click.echo(f"{start}no worker is running; `worker start` starts one", err=True)
-        if deadline and time.monotonic() >= deadline:
+        if (rest := deadline - time.monotonic()) <= 0:
             click.echo(start, nl=False, err=True)
             after = duration_text(timeout)
             raise database.QueueError(f"after {after} {left} of {plural(total, 'job')} not settled")
-        time.sleep(max(0.1, 10 * (time.monotonic() - began)))  # to count a big queue takes long
+        time.sleep(min(pause, rest))
     if found["completed"] != total:
         raise database.QueueError(f"{found['dead']} dead, {found['cancelled']} cancelled")
 

@@ -769,7 +769,8 @@ def make_run_directory(path: str) -> None:
     if exposed := database.exposed(path):
         raise QueueError(exposed)
     for place in (path, folder):
-        if (owner := os.stat(place).st_uid) != os.geteuid():
+        owner = os.stat(place, follow_symlinks=place != folder).st_uid
+        if owner != os.geteuid():
             raise QueueError(f"{place} belongs to another user (uid {owner})")
     # There already; or there are no FIFOs here, and polling alone serves.
     with suppress(FileExistsError, PermissionError, AttributeError):

@@ -674,7 +674,7 @@ def test_a_caller_without_a_directory_gets_one_line(
         env=standing.environment,
     )
     assert done.returncode == 1
-    assert done.stderr == "Error: the current directory: No such file or directory\n"
+    assert done.stderr == "Error: the current directory is gone; change to another\n"
 
 
 # --- many at once ----------------------------------------------------------------------------
@@ -986,6 +986,21 @@ def test_logs_follow_a_job_that_empties_its_own_output(queue: Queue) -> None:
     assert follower.stdout.readline() == b"a long line\n"
     (queue.folder / "go").touch()
     assert follower.communicate(timeout=DEADLINE_S)[0] == b"two\nthree\n"
+
+
+def test_logs_that_follow_print_nothing_twice_if_the_output_is_out_of_sight(queue: Queue) -> None:
+    wait = "until [ -e go ]; do sleep 0.02; done"
+    queue.run("enqueue", "--command", f"echo one; {wait}; echo two", "--id", "a", check=0)
+    queue.start()
+    follower = subprocess.Popen(
+        [*QUEUECTL, "logs", "a", "--follow"], stdout=subprocess.PIPE, env=queue.environment
+    )
+    assert follower.stdout.readline() == b"one\n"
+    output = next((queue.folder / "queue.db.run").glob("*.out"))
+    output.rename(queue.folder / "away")
+    assert select.select([follower.stdout], [], [], 0.5)[0] == []  # some looks find nothing
+    (queue.folder / "go").touch()
+    assert follower.communicate(timeout=DEADLINE_S)[0] == b"two\n"
 
 
 def test_logs_that_follow_a_run_stay_with_it_when_the_next_has_begun(queue: Queue) -> None:
