@@ -319,7 +319,8 @@ class Supervisor:
             self.reap(pid)  # ended before it could register: it holds nothing
         for row in supervisors:
             silent = self.silences[row["id"]][1] > row["lock_timeout_s"]
-            if silent if is_hidden(row) else not is_alive(row):
+            copied = silent and works_elsewhere(row["pid"], self.path)
+            if copied or (silent if is_hidden(row) else not is_alive(row)):
                 database.remove_supervisor(db, row["id"])
 
     def listen(self, supervisors: Iterable[Any], mono: float) -> None:
@@ -377,6 +378,8 @@ class Supervisor:
         birth = process_birth(row["pid"])
         if row["boot"] != boot_id() or birth not in (None, row["birth"]):
             return True  # another boot, or a recycled pid: nothing of the old session can live
+        if works_elsewhere(row["pid"], self.path):
+            return True  # this queue is a copy, and the run is the original's
         if birth:
             # The worker goes first, at once, lest it record what its dying job returns.
             send(row["pid"], signal.SIGKILL)
@@ -396,7 +399,7 @@ class Supervisor:
         """
         name, pid = ending.worker["worker"], ending.worker["pid"]
         run = None if ending.far else database.held_by(db, name)
-        if run and run.stop_line:
+        if run and run.stop_line and not works_elsewhere(pid, self.path):
             ending.far = FarEnd(run, partial(self.say, name, pid), leader=True)
         return not ending.far or ending.far.reached(mono)
 
@@ -882,6 +885,19 @@ def process_birth(pid: int) -> str | None:
     """
     status = process_status(pid)
     return status[19] if status else None
+
+
+def works_elsewhere(pid: int, path: str) -> bool:
+    """Say whether a process works, by its open files, for another queue than the one at `path`:
+    then that is a copy of it. Of a file that was moved or replaced /proc says another name."""
+    handles = {}
+    with suppress(OSError):  # it has just gone, or this system has no such directory
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            handle = f"/proc/{pid}/fd/{name}"
+            with suppress(FileNotFoundError):  # closed meanwhile
+                handles[os.readlink(handle)] = os.stat(handle)
+    queues = [handles[name] for name in handles if f"{name}-wal" in handles]
+    return bool(queues) and not any(os.path.samestat(each, os.stat(path)) for each in queues)
 
 
 def is_stopped(pid: int) -> bool:

@@ -18,7 +18,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import DEADLINE_S, ROOT, Queue, eventually, put_in
@@ -944,6 +946,75 @@ def test_a_program_whose_first_thread_has_ended_is_alive_and_is_ended(queue: Que
     assert worker.process_birth(pid) is None, "it lives on"
     size = ledger.stat().st_size
     assert size and worker.session_members(pid) == []
+
+
+def test_what_is_left_behind_is_not_in_the_time_of_the_run(queue: Queue) -> None:
+    left = "(trap '' TERM; touch deaf; until [ -e go ]; do sleep 0.02; done) &"
+    command = f"{left} until [ -e deaf ]; do sleep 0.02; done; echo done; exit 0"
+    enqueue(queue, "a", command, timeout=0.5, max_retries=0)
+    queue.drain()  # it is killed after a second of grace
+    job = queue.job("a")
+    assert (job["state"], job["exit_code"], job["stdout"]) == ("completed", 0, "done\n")
+
+
+@pytest.mark.parametrize("how", [[], ["--now"]])
+def test_a_job_that_asks_its_own_workers_to_stop_is_told_so(queue: Queue, how: list) -> None:
+    words = [sys.executable, str(ROOT / "queuectl.py"), "worker", "stop", *how]
+    enqueue(queue, "a", shlex.join(words), max_retries=0)
+    queue.drain()
+    assert queue.job("a")["stderr"].startswith("Error: this is a job of these workers")
+
+
+@pytest.mark.parametrize("words", ["worker start --drain", "worker stop", "cancel a"])
+def test_what_is_done_to_a_copy_of_the_queue_leaves_the_runs_of_the_original_alone(
+    queue: Queue, tmp_path_factory: Any, words: str
+) -> None:
+    queue.configure(lock_timeout_s=3)  # nobody beats in the copy
+    enqueue(queue, "a", UNTIL_GO, max_retries=0)
+    queue.start()
+    reaches(queue, "a", "processing")
+    copy = Queue(tmp_path_factory.mktemp("copy"))
+    with closing(database.connect(queue.path)) as db, closing(sqlite3.connect(copy.path)) as other:
+        db.backup(other)
+    os.chmod(copy.path, 0o600)
+    copy.run(*words.split())
+    assert copy.states()["processing"] == 0
+    assert queue.state("a") == "processing" and len(queue.workers()) == 1
+    go(queue)
+    reaches(queue, "a", "completed")
+    copy.assert_clean()
+
+
+def test_only_who_works_for_a_queue_that_is_still_there_works_elsewhere(tmp_path: Path) -> None:
+    """A queue that was moved, or replaced by a backup, still has the workers it had."""
+    for name in ("queue", "copy"):
+        (tmp_path / name).mkdir()
+    queue, copy = str(tmp_path / "queue" / "queue.db"), str(tmp_path / "copy" / "queue.db")
+    db, me = database.connect(queue), os.getpid()
+    with closing(sqlite3.connect(copy)) as other:
+        db.backup(other)
+    (tmp_path / "link").symlink_to(queue)
+    assert not worker.works_elsewhere(me, queue)
+    assert not worker.works_elsewhere(me, str(tmp_path / "link"))
+    assert worker.works_elsewhere(me, copy)
+    os.rename(queue, moved := str(tmp_path / "queue" / "moved.db"))
+    assert not worker.works_elsewhere(me, moved)
+    os.rename(moved, queue)
+    for suffix in ("", "-wal", "-shm"):  # as mv to another disk does
+        os.unlink(queue + suffix)
+    assert not worker.works_elsewhere(me, copy)
+    os.rename(copy, queue)
+    assert not worker.works_elsewhere(me, queue)
+    db.close()
+
+
+def test_a_note_of_the_exit_comes_too_late_for_a_settled_run(queue: Queue) -> None:
+    enqueue(queue, "a", "true", max_retries=0)
+    db, run = claimed(queue, 1)
+    database.finish(db, run, database.Result("failed", None, "worker lost"), 0, 0, 0)
+    database.note_exit(db, run, 0)
+    assert database.runs(db, run.seq)[0]["exit_code"] is None
+    db.close()
 
 
 def test_a_setsid_program_that_is_the_run_itself_has_a_timeout(queue: Queue) -> None:
