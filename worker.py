@@ -704,8 +704,8 @@ def execute(desk: Desk, run: Run) -> tuple[int | None, str | None]:
     # The directory may be only where the launcher goes, if the launcher is told of it.
     elsewhere = run.line and "{cwd}" in desk.settings["launcher"] and not os.path.isdir(run.cwd)
     # As bytes: text would be encoded by the locale, which may not know its characters.
-    os.environb[b"QUEUECTL_JOB_ID"] = run.job.encode()
-    os.environb[b"QUEUECTL_ATTEMPT"] = str(run.attempt).encode()
+    put_environment(b"QUEUECTL_JOB_ID", run.job.encode())
+    put_environment(b"QUEUECTL_ATTEMPT", b"%d" % run.attempt)
     try:
         words, (out, err) = [b"/bin/sh", b"-c", (run.line or run.command).encode()], desk.outputs
         cwd = b"/" if elsewhere else run.cwd.encode()
@@ -922,6 +922,19 @@ def adopt_orphans() -> None:
     """Become the parent of what our children leave behind (prctl(2), PR_SET_CHILD_SUBREAPER)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+
+
+def put_environment(name: bytes, value: bytes) -> None:
+    """Set a variable of our environment in place. Of what os.environ is given the C library keeps
+    each value for ever: a worker would grow with every job."""
+    variable(name).value = name + b"=" + value
+
+
+@lru_cache  # for the C library goes on using it
+def variable(name: bytes) -> Any:
+    text = ctypes.create_string_buffer(name + b"=", 1024)  # an id has at most 512 bytes
+    ctypes.CDLL(None).putenv(text)
+    return text
 
 
 def children(pid: int) -> list[str]:
