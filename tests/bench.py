@@ -293,9 +293,9 @@ class Bench:
 
     def growth(self) -> None:
         """Claims and finishes a second through database.py, in a small and in the big queue."""
-        count, rates = self.size(2000), {}
+        count, rates = self.size(1000), {}
         queues = [Hand(str(self.folder / "small")), Hand(self.big)]
-        for number in range(len(self.rounds(4)) + 1):
+        for number in range(len(self.rounds(9)) + 1):
             for hand in queues:
                 hand.enqueue(count)
                 began = time.perf_counter()
