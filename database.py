@@ -166,11 +166,10 @@ def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S)
     their last results, and those jobs run again.
     """
     try:
-        # Made here and not by SQLite, to be private from its first moment whatever the umask. And
-        # never opened here again: closing any descriptor of a file drops all locks that this
+        # Never opened here again: closing any descriptor of a file drops all locks that this
         # process has on it, another connection's too (sqlite.org/howtocorrupt.html, 2.2).
         if not os.path.isfile(path):
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            make_file(path)
     except OSError as error:
         if not isinstance(error, PermissionError):  # what is read-only can still be read
             raise QueueError(f"{path}: cannot be opened as a queue: {error.strerror}") from None
@@ -191,6 +190,27 @@ def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S)
             raise QueueError(error_text(error, path)) from None
         raise
     return db
+
+
+def make_file(path: str) -> None:
+    """Make an empty file: here and not by SQLite, to be private at birth whatever the umask.
+
+    What a queue of this name has left that was removed goes first: its workers, who may still be
+    there, would share its -shm with us (sqlite.org/howtocorrupt.html, 2.4), and run old jobs again.
+    """
+    import fcntl
+
+    place = os.path.realpath(path)
+    folder = os.open(os.path.dirname(place), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # of two at once, neither may remove the other's
+        if not os.path.exists(path):
+            for end in ("-wal", "-shm"):
+                with suppress(FileNotFoundError):
+                    os.unlink(place + end)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    finally:
+        os.close(folder)
 
 
 def identity(db: Connection) -> tuple[int, int]:

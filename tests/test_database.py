@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 import stat
@@ -556,6 +557,40 @@ def test_many_who_make_the_queue_at_once_all_get_the_same_one(tmp_path):
         together(8, make)
         with closing(database.connect(path)) as db:
             assert database.counts(db)["pending"] == 8
+
+
+def test_a_queue_in_place_of_a_removed_one_has_nothing_in_common_with_it(path):
+    """`rm queue.db` leaves its -wal and its -shm, and perhaps workers who still have all three."""
+    with closing(database.connect(path, durable=False)) as old:
+        add(old, *[{"id": f"old{n}"} for n in range(200)])
+        os.unlink(path)
+        with closing(database.connect(path)) as new:
+            for n in range(9):
+                add(new, {"id": f"new{n}"})
+                take(old)
+            add(new, *[{"id": f"more{n}"} for n in range(200)])
+            assert database.counts(old) == {**database.counts(old), "processing": 9, "total": 200}
+            assert database.counts(new) == {**database.counts(new), "pending": 209, "total": 209}
+            assert not any(problem for _, problem, _ in database.check(new, path))
+
+
+def test_who_makes_the_queue_leaves_alone_what_another_was_faster_to_make(path, monkeypatch):
+    waiting, flock = threading.Event(), fcntl.flock
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    flock(folder, fcntl.LOCK_EX)
+    monkeypatch.setattr(fcntl, "flock", lambda *given: (waiting.set(), flock(*given)))
+    slow = threading.Thread(target=lambda: database.connect(path).close())
+    slow.start()
+    assert waiting.wait(10)
+    open(path, "x").close()
+    with closing(database.connect(path)) as db:
+        add(db, {"id": "kept"})
+        made = os.stat(path + "-wal").st_ino
+        os.close(folder)
+        slow.join()
+        assert os.stat(path + "-wal").st_ino == made
+        with closing(database.connect(path)) as another:
+            assert database.counts(another)["pending"] == 1
 
 
 @pytest.mark.parametrize("version", [-1, 0, database.VERSION, database.VERSION + 1])
