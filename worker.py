@@ -42,9 +42,6 @@ TURN_LIMIT_S = 1.0  # for one's turn to write
 STOP_LIMIT_S = 30.0  # for each try of a stop line
 STOP_PAUSE_S = 60.0  # the longest between two tries
 OUTPUT_BOUND = 16 * 2**20  # bytes on disk of an output file, beyond the end of it that is kept
-# Files, not pipes: a background child cannot block us, memory stays flat, and the supervisor can
-# read what a killed run printed.
-NEW_OUTPUT = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DAMAGED = 3  # a worker's exit code: the queue is beyond trying again
 # Inherited as ignored, it would hide every exit code: of workers, of jobs, of stop lines.
@@ -533,7 +530,7 @@ class Desk:
         self.db, self.path, self.name, self.settings = db, path, name, settings
         self.say = lambda verb, text: say(name, os.getpid(), verb, text)
         self.paths = output_paths(path, name)
-        self.outputs = [database.safe_open(output, NEW_OUTPUT) for output in self.paths]
+        self.outputs = [new_output(output) for output in self.paths]
         self.nothing = os.open(os.devnull, os.O_RDONLY)
         # For writing too: else it ends with each writer.
         self.bell = database.open_bell(path, os.O_RDWR)
@@ -544,8 +541,7 @@ class Desk:
             size = os.fstat(handle).st_size
             if size > OUTPUT_BOUND:  # the supervisor may be cutting it: let that hit the old file
                 with suppress(OSError):  # the directory is gone: then the old one serves on
-                    os.unlink(self.paths[number])
-                    self.outputs[number] = database.safe_open(self.paths[number], NEW_OUTPUT)
+                    self.outputs[number] = new_output(self.paths[number])
                     os.close(handle)
                     continue
             if size:
@@ -754,6 +750,18 @@ def output_paths(path: str, worker: str) -> list[str]:
     """Return where a worker's running job writes its stdout and its stderr."""
     folder = database.run_directory(path)
     return [os.path.join(folder, f"{worker}.{name}") for name in ("out", "err")]
+
+
+def new_output(path: str) -> int:
+    """Open an output file in place of what lies there: another queue's of this name, or a link that
+    was planted.
+
+    Files, not pipes: a background child cannot block us, memory stays flat, and the supervisor can
+    read what a killed run printed.
+    """
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    return database.safe_open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
 
 
 def make_run_directory(path: str) -> None:

@@ -788,7 +788,7 @@ def test_a_link_was_planted_where_a_worker_will_write(
     supervisor = queue.start(ready=False)
     reaches(queue, "a", "completed")
     assert victim.read_text() == "precious"
-    assert queue.job("a")["stdout"] == "out\n"
+    assert (queue.job("a")["stdout"], queue.job("a")["worker"]) == ("out\n", "w1")
     assert supervisor.poll() is None
 
 
