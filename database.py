@@ -275,7 +275,7 @@ def error_text(error: Exception, path: str) -> str:
         ("not a database", "is not a queue: not a SQLite database; use another --db"),
         ("malformed", "is damaged; `doctor` tells more; restore it from a copy"),
         ("is full", "the disk is full: nothing was changed; make room and try again"),
-        ("readonly", "is read-only: nothing was changed; make it writable for this user"),
+        ("readonly", "it or its directory is read-only: nothing was changed; make both writable"),
         ("I/O", "cannot be read or written (disk I/O error); is the disk full, or broken?"),
         ("unable to open", "cannot be opened; is its directory there and writable?"),
         ("is locked", "was locked by another process for too long; try again"),

@@ -487,18 +487,19 @@ def show(place: Place, id: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("id")
-@click.option("--attempt", type=click.IntRange(1), help="Of this run. Default: the latest.")
-@click.option("--stdout", "only", flag_value="stdout", help="Only the standard output.")
-@click.option("--stderr", "only", flag_value="stderr", help="Only the standard error.")
+@click.option("--attempt", type=click.IntRange(1), help="The last run of this number.")
+@click.option("--stdout", is_flag=True, help="Only the standard output.")
+@click.option("--stderr", is_flag=True, help="Only the standard error.")
 @click.option("--follow", is_flag=True, help="Go on until the run has ended.")
 @json_option
 @click.pass_obj
 def logs(
-    place: Place, id: str, attempt: int | None, only: str | None, follow: bool, as_json: bool
+    place: Place, id: str, attempt: int | None, follow: bool, as_json: bool, **streams: bool
 ) -> None:
-    """Show what a job has printed; while it runs, what there is so far."""
-    seq, streams = database.find(place.db, id), [only] if only else ["stdout", "stderr"]
-    tails = {name: Tail(name, only, follow) for name in streams if not as_json}
+    """Show what a job has printed in its latest run; while it runs, what there is so far."""
+    seq = database.find(place.db, id)
+    names = [name for name in ("stdout", "stderr") if streams[name] or not any(streams.values())]
+    tails = {name: Tail(name, len(names) < 2, follow) for name in names if not as_json}
     known = None  # the number of the run that is shown: to its end, though another may begin
     while True:
         runs = place.hands.runs_so_far(place.db, place.path, seq, LIVE_BYTES)
@@ -526,7 +527,7 @@ def logs(
 class Tail:
     """Prints what one stream of a run has gained since the last time."""
 
-    def __init__(self, stream: str, only: str | None, follow: bool):
+    def __init__(self, stream: str, only: bool, follow: bool):
         self.head = "" if only or follow else f"--- {stream} ---"
         self.follow, self.sent = follow, 0
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")

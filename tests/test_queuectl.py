@@ -939,6 +939,7 @@ def test_logs_choose_the_attempt_and_the_stream(standing: Queue) -> None:
 
     assert logs("good", "--stdout") == "one\n"
     assert logs("good", "--stderr") == "oops\n"
+    assert logs("good", "--stderr", "--stdout") == logs("good")
     assert logs("flaky") == logs("flaky", "--attempt", "2") == "--- stdout ---\nsecond\n"
     assert logs("flaky", "--attempt", "1") == ""
     cut = "[... 1808 bytes cut ...]\n"
