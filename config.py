@@ -252,22 +252,23 @@ def check_number(name: str, value: Any) -> float:
         shown = value if type(value) is float else json_kind(value)
         raise BadInput(f'"{name}" must be {wanted}, not {shown}')
     if not setting.low <= value <= setting.high:  # false for NaN too
-        shown = f"{value:.6g}" if type(value) is float or abs(value) < 2**64 else "a huge number"
-        raise BadInput(f'"{name}" must be from {setting.low:g} to {setting.high:g}, not {shown}')
+        shown = value if type(value) is float or abs(value) < 2**64 else "a huge number"
+        raise BadInput(f'"{name}" must be from {setting.low} to {setting.high}, not {shown}')
     return value
 
 
 def check_time(name: str, value: Any) -> float:
     """Return Unix seconds from Unix seconds or an ISO 8601 date; no offset means UTC."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{9,}([.][0-9]+)?", value):
-        value = float(value)  # fewer digits are rather a date: 20300131
+    if isinstance(value, str) and re.fullmatch(r"([0-9]{1,7}|[0-9]{9,})([.][0-9]+)?", value):
+        value = float(value)  # eight digits are rather a date: 20300131
     if type(value) in (int, float):
         if not 0 <= value <= LAST_TIME:
             raise BadInput(f'"{name}" {value!s:.40} is no time in Unix seconds')
         return float(value)
     try:
-        # Python 3.10 knows neither the suffix Z nor +0100.
+        # Python 3.10 knows neither the suffix Z nor +0100, and of a fraction 3 or 6 digits.
         text = re.sub("[zZ]$", "+00:00", check_text(name, value).strip())
+        text = re.sub(r"[.,](\d{1,6})\d*", lambda match: f".{match[1]:0<6}", text)
         moment = datetime.fromisoformat(re.sub(r"([Tt ].*[+-]\d\d)(\d\d)$", r"\1:\2", text))
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=timezone.utc)

@@ -469,8 +469,8 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
                 return len(rows)
             if deadline is not None and time.monotonic() >= deadline:
                 pids, after = ", ".join(map(str, left)), duration_text(timeout_s)
-                told = f"still there after {after}: pid {pids}; --now does not wait for jobs"
-                raise QueueError(told)
+                hint = "" if now else "; --now does not wait for jobs"
+                raise QueueError(f"still there after {after}: pid {pids}{hint}")
             time.sleep(0.05)
 
 

@@ -63,7 +63,8 @@ def test_a_setting_takes_both_ends_of_its_range_and_nothing_beyond(path, name, d
     below = low - 1 if whole else math.nextafter(low, -math.inf)
     above = high + 1 if whole else math.nextafter(high, math.inf)
     for value in (below, above):
-        with pytest.raises(BadInput, match=f'"{name}" must be from'):
+        refusal = f'"{name}" must be from {low} to {high}, not {value}$'
+        with pytest.raises(BadInput, match=refusal.replace("+", r"\+")):
             config.store(path, name, repr(value))
         write(path, json.dumps({name: value}))
         with pytest.raises(BadFile, match=f'"{name}" must be from'):
@@ -297,6 +298,10 @@ def test_a_time_is_unix_seconds_or_iso_8601_and_utc_unless_it_says_otherwise(mon
             assert check(run_at=text)["run_at"] == NOON, text
         assert check(run_at="2030-01-31")["run_at"] == NOON - 43_200
         assert check(run_at="2030-01-31T12:00:00.250Z")["run_at"] == NOON + 0.25
+        assert check(run_at="2030-01-31T12:00:00.5Z")["run_at"] == NOON + 0.5
+        assert check(run_at="2030-01-31T12:00:00.250000999Z")["run_at"] == NOON + 0.25
+        for seconds in ("0", "86400", "1896091200", "1.5"):
+            assert check(run_at=seconds)["run_at"] == float(seconds)
     finally:
         monkeypatch.undo()
         time.tzset()

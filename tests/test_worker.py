@@ -358,6 +358,7 @@ def test_workers_are_stopped_from_another_terminal(queue: Queue) -> None:
     late = queue.run("worker", "stop", "--timeout", "1s", check=1)
     assert late.stderr.startswith("Error: still there after 1.0 s: pid ")
     assert all(str(pid) in late.stderr for pid in pids), late.stderr
+    assert late.stderr.endswith("; --now does not wait for jobs\n")
     go(queue)
     assert queue.run("worker", "stop", check=0).stdout in ("0 workers left\n", "1 worker left\n")
     assert supervisor.wait(timeout=DEADLINE_S) == 0
