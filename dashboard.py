@@ -277,25 +277,23 @@ class Server(ThreadingTCPServer):  # no HTTPServer: that would ask the DNS for o
     def process_request(self, request: Any, address: Any) -> None:
         """Give a connection its thread. A crowd of silent ones cannot keep out one that asks."""
         with self.lock:
-            now = time.monotonic()
-            waiting = [each for each, until in self.connections.items() if now < until < math.inf]
-            full = len(self.connections) >= CONNECTIONS * (2 if waiting else 1)
-            if len(self.connections) >= CONNECTIONS and waiting:
-                self.connections[waiting[0]] = now
-            self.connections[request] = now + REQUEST_S
-        if full:
-            self.shutdown_request(request)
-        else:
-            super().process_request(request, address)
+            self.connections[request] = time.monotonic() + REQUEST_S
+            if len(self.connections) > CONNECTIONS:
+                self.turn_out(min(self.connections, key=self.connections.__getitem__))
+        super().process_request(request, address)
 
     def service_actions(self) -> None:
         """Turn out who was to have asked by now, however slowly the bytes come. Called twice a
         second, and whenever somebody has come."""
         with self.lock:
-            for request, until in self.connections.items():
+            for request, until in list(self.connections.items()):
                 if until <= time.monotonic():
-                    with suppress(OSError):  # its thread reads the end of it, and leaves
-                        request.shutdown(socket.SHUT_RDWR)
+                    self.turn_out(request)
+
+    def turn_out(self, request: Any) -> None:
+        del self.connections[request]
+        with suppress(OSError):  # its thread reads the end of it, and leaves
+            request.shutdown(socket.SHUT_RDWR)
 
     def shutdown_request(self, request: Any) -> None:
         with self.lock:
