@@ -758,14 +758,11 @@ def runs(db: Connection, seq: int) -> list[Row]:
 
 def runs_after(db: Connection, last: int | None, others: Iterable[int] = ()) -> Iterator[Row]:
     """Return the runs whose number is above `last` (None: of the last RECENT_RUNS), and others."""
-    first = f"coalesce(:last, (SELECT max(id) FROM runs) - {RECENT_RUNS})"
-    columns = "id, outcome, due_at, started_at, finished_at"
     return db.execute(
         f"""
-        SELECT {columns} FROM runs WHERE id > {first}
-        UNION ALL
-        SELECT {columns} FROM runs
-        WHERE id IN (SELECT value FROM json_each(:others)) AND id <= {first}""",
+        SELECT id, outcome, due_at, started_at, finished_at FROM runs
+        WHERE id > coalesce(:last, (SELECT max(id) FROM runs) - {RECENT_RUNS})
+        OR id IN (SELECT value FROM json_each(:others))""",
         {"last": last, "others": json.dumps([*others])},
     )
 
