@@ -814,7 +814,7 @@ def next_due_at(db: Connection) -> float | None:
 
 
 # What follows is for the dashboard: each costs the same in a queue of a million jobs as in a small
-# one, but for `counts`.
+# one, but for `oldest_ready_at`: a tenth of a second, as `counts` does.
 
 SEARCHED = 50_000  # jobs in which one page of a search looks for a text
 BRIEF = """
@@ -901,20 +901,10 @@ def newest_run(db: Connection, began_by: float) -> int:
 
 
 def oldest_ready_at(db: Connection, now: float) -> float | None:
-    """Return since when the longest waiting job could have run, or None if none is ready.
-
-    One look for each priority, at most a hundred: the index has the earliest of each in front.
-    """
-    later = next_due_at(db)
-    found = [later] if later is not None and later <= now else []
-    head = """
-        SELECT priority, run_at FROM jobs WHERE due = 1 AND priority < :below
-        ORDER BY priority DESC, run_at LIMIT 1"""
-    below = 2**63 - 1
-    while len(found) < 100 and (row := db.execute(head, {"below": below}).fetchone()):
-        below = row["priority"]
-        found.append(row["run_at"])
-    return min(found, default=None)
+    """Return since when the longest waiting job could have run, or None if none is ready."""
+    due = db.execute("SELECT min(run_at) FROM jobs WHERE due = 1").fetchone()[0]
+    waiting = [moment for moment in (due, next_due_at(db)) if moment is not None]
+    return min((moment for moment in waiting if moment <= now), default=None)
 
 
 # --- how a row looks from outside ------------------------------------------------------------
