@@ -24,7 +24,7 @@ import sqlite3
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from operator import itemgetter
@@ -735,7 +735,7 @@ def jobs_between(db: Connection, first: int, last: int) -> Iterator[Row]:
     return db.execute(f"{JOB} WHERE seq BETWEEN ? AND ? ORDER BY seq", (first, last))
 
 
-def jobs_in(db: Connection, states: list[str], limit: int) -> Iterator[Row]:
+def jobs_in(db: Connection, states: Sequence[str], limit: int) -> Iterator[Row]:
     """Return the newest `limit` jobs (-1: all) in these states (none: any), newest first."""
     where = f"WHERE state IN ({', '.join('?' * len(states))})" if states else ""
     return db.execute(f"{JOB} {where} ORDER BY seq DESC LIMIT ?", (*states, limit))

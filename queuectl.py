@@ -426,14 +426,9 @@ def list_jobs(place: Place, states: tuple, ready: bool, limit: int | None, as_js
     """
     if ready and states:
         raise BadInput("--ready is a choice of its own; leave --state out")
-    print_jobs(place, None if ready else list(states), limit, as_json)
-
-
-def print_jobs(place: Place, states: list[str] | None, limit: int | None, as_json: bool) -> None:
-    """Print jobs in these states (empty: all; None: what is ready)."""
     now, most = time.time(), 100 if limit is None and not as_json else limit or -1
     wanted = most if limit or most < 0 else most + 1  # one more, to know whether there is a rest
-    if states is None:
+    if ready:
         rows = database.ready_jobs(place.db, now, wanted)
     else:
         rows = database.jobs_in(place.db, states, wanted)
@@ -444,9 +439,9 @@ def print_jobs(place: Place, states: list[str] | None, limit: int | None, as_jso
     if len(rows) > most > 0:
         rows.pop()
         click.echo(f"only {most} are shown; --limit 0 shows all", err=True)
-    dead = states == ["dead"]
+    dead = states == ("dead",)
     lines = []
-    for row in rows if states is None else reversed(rows):
+    for row in rows if ready else reversed(rows):
         due = row["last_error"] if dead else due_text(row, now)
         lines.append([row["id"], row["state"], row["attempts"], due, row["command"]])
     table(["ID", "STATE", "ATTEMPTS", "ERROR" if dead else "DUE", "COMMAND"], lines)
@@ -609,10 +604,10 @@ def dlq() -> None:
 @dlq.command("list")
 @limit_option
 @json_option
-@click.pass_obj
-def dlq_list(place: Place, limit: int | None, as_json: bool) -> None:
+@click.pass_context
+def dlq_list(context: click.Context, **options: Any) -> None:
     """Show the dead jobs."""
-    print_jobs(place, ["dead"], limit, as_json)
+    context.invoke(list_jobs, states=("dead",), **options)
 
 
 @dlq.command("retry")
