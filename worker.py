@@ -808,15 +808,12 @@ def take_turns(path: str) -> None:
 
 @contextmanager
 def turn(folder: int) -> Iterator[None]:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        with suppress(TimeoutError):
-            signal.setitimer(signal.ITIMER_REAL, TURN_LIMIT_S)
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX)
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+    with suppress(TimeoutError):
+        signal.setitimer(signal.ITIMER_REAL, TURN_LIMIT_S)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     try:
         yield
     finally:
