@@ -565,31 +565,27 @@ def work(supervisor: Supervisor) -> None:
     def wanted() -> bool:
         return signal.SIGTERM not in told and os.getppid() == supervisor.pid
 
-    run = seen = None
+    run = None
     while run or wanted():
         if run:
             run = hand_in(desk, run, run_one(desk, run), wanted)
             continue
-        next_at = None
+        seen = next_at = None
         try:
+            seen = database.data_version(desk.db)  # now, for a change during the look must count
             run, next_at = desk.claim()
-            if run:
-                if next_at:
-                    # We took all rings: two jobs that came at once need two workers, and one that
-                    # waits for its time needs somebody who knows of it.
-                    database.ring(desk.path)
-                continue
-            if supervisor.drain and database.settled(desk.db):
+            if run and next_at:
+                # We took all rings: two jobs that came at once need two workers, and one that
+                # waits for its time needs somebody who knows of it.
+                database.ring(desk.path)
+            if not run and supervisor.drain and database.settled(desk.db):
                 return
-            seen, before = database.data_version(desk.db), seen
-            if seen != before:
-                continue  # perhaps since we looked: look again
         except database.SQLiteError as error:
-            seen = None  # nor must we wait for a change
             desk.say("trouble", database.error_text(error, desk.path))
             if database.is_damage(error):
                 raise SystemExit(DAMAGED) from None
-        seen = rest(desk, [wake, supervisor.lifeline], seen, next_at)
+        if not run:
+            rest(desk, [wake, supervisor.lifeline], seen, next_at)
 
 
 def take_a_desk(supervisor: Supervisor) -> Desk:
@@ -607,28 +603,26 @@ def take_a_desk(supervisor: Supervisor) -> Desk:
         raise SystemExit(1) from None
 
 
-def rest(desk: Desk, others: list[int], seen: int | None, next_at: float | None) -> int | None:
+def rest(desk: Desk, others: list[int], seen: int | None, next_at: float | None) -> None:
     """Sleep until the bell, a signal, the next job's time, or a change of the queue since `seen`.
 
-    Whether it has changed is asked once each poll interval; None: as if it had. Returns what is
-    seen of it now.
+    Whether it has changed is asked once each poll interval; None: as if it had.
     """
     has_children()  # what earlier jobs left on purpose (setsid) and has ended is forgotten
     handles = [*others, *([] if desk.bell is None else [desk.bell])]
-    nap, ready, changed = 1.0, [], False
+    nap, ready = 1.0, []
     with suppress(database.SQLiteError):  # the next look meets the same, and says it
-        while not ready and nap > 0 and not changed:
+        while not ready and nap > 0:
             nap = desk.settings["poll_interval_ms"] / 1000
             if next_at is not None:
                 nap = min(nap, max(0.0, next_at - time.time()))
             ready = readable(handles, nap)
-            seen, before = database.data_version(desk.db), seen
-            changed = seen != before
+            if database.data_version(desk.db) != seen:
+                break
     for handle in ready:
         # Emptied before the next look, so that a ring during it is not lost; and emptied whole,
         # or what is left over from a busy hour would wake us again and again.
         drained(handle)
-    return seen
 
 
 def launched(settings: Settings, run: Run) -> Run:
