@@ -115,6 +115,7 @@ class Supervisor:
         self.endings: dict[str, Ending] = {}  # by the worker's name
         self.silences: dict[int, tuple[float, float]] = {}  # supervisor: (heartbeat, silent for)
         self.stopped_at: dict[int, float] = {}  # pid: since when it was seen stopped
+        self.killed: dict[int, str] = {}  # pid: why, of those that were stopped for too long
         self.signals = self.asked = 0  # 1: finish the running jobs and leave; 2: put them back now
         self.fatal = ""  # why there is no point in going on
         self.trouble = ""  # what was said last of a database that cannot be used
@@ -247,6 +248,7 @@ class Supervisor:
     def look(self) -> None:
         """One tick. A database that cannot be used now (full disk, locked) is tried again."""
         try:
+            self.end_stopped(self.queue(), time.monotonic())
             self.tick(self.queue(), time.time(), time.monotonic())
             self.trouble = ""
         except (OSError, QueueError, database.SQLiteError) as error:
@@ -257,27 +259,29 @@ class Supervisor:
                 self.say("supervisor", self.pid, "trouble", text)
             if database.is_damage(error):
                 self.asked, self.fatal = max(self.asked, 1), text
-            limits = dict.fromkeys(self.children, self.settings["lock_timeout_s"])
-            with suppress(OSError, QueueError, database.SQLiteError):  # to read needs no lock
-                for row in database.workers(self.queue()):
-                    watched = is_alive(row, "supervisor_") and not is_stopped(row["supervisor_pid"])
-                    if is_alive(row) and not watched:  # nobody else would end it
-                        limits[row["pid"]] = row["lock_timeout_s"]
-            self.end_stopped(limits, time.monotonic())
             for pid in list(self.children) if self.stopping else []:
                 if self.stopping > 1:  # nothing can be recorded, but it can be ended
                     push(session_members(pid), set(), hard=True)
                 self.reap(pid)  # what it held waits in the database for the next supervisor
             time.sleep(IDLE_TICK_S)
 
-    def end_stopped(self, limits: dict[int, float], mono: float) -> None:
-        """Kill those of these workers that are stopped (SIGSTOP) for longer than their limit, in
-        seconds: one of them may hold the lock that we need to judge it."""
-        for pid, limit in limits.items():
-            child = self.children.get(pid)
-            if child is None or child.exitcode is None:  # a child's pid is its own until then
-                if self.stopped_for(pid, mono) > limit:
-                    send(pid, signal.SIGKILL)
+    def end_stopped(self, db: Any, mono: float) -> None:
+        """Kill who has been stopped (SIGSTOP) for longer than it may be silent: our workers, and
+        those that nobody else would end. One may have the lock without which none can be judged."""
+        limit_s = self.settings["lock_timeout_s"]
+        # Until its exit code is known the pid is the child's own.
+        limits = {pid: limit_s for pid, child in self.children.items() if child.exitcode is None}
+        for row in database.workers(db):
+            if row["supervisor"] != self.id and is_alive(row):
+                watched = is_alive(row, "supervisor_") and not is_stopped(row["supervisor_pid"])
+                if not watched and not works_elsewhere(row["pid"], self.path):
+                    limits[row["pid"]] = row["lock_timeout_s"]
+        stopped = [pid for pid in limits if is_stopped(pid)]
+        self.stopped_at = {pid: self.stopped_at.get(pid, mono) for pid in stopped}
+        for pid, since in self.stopped_at.items():
+            if mono - since > limits[pid]:
+                self.killed[pid] = f": silent for {duration_text(mono - since)}"
+                send(pid, signal.SIGKILL)
 
     def tick(self, db: Any, now: float, mono: float) -> None:
         if mono >= self.beat_at:
@@ -309,7 +313,6 @@ class Supervisor:
             elif ending.far and ending.far.tries and self.stopping > 2:
                 self.reap(ending.worker["pid"])  # leave it, as it is, to the next supervisor
         unknown = self.children.keys() - {row["pid"] for row in workers}
-        self.end_stopped(dict.fromkeys(unknown, self.settings["lock_timeout_s"]), mono)
         for pid in unknown:
             if self.stopping > 1 and self.children[pid].exitcode is None:
                 send(pid, signal.SIGKILL)
@@ -336,21 +339,16 @@ class Supervisor:
         """Say why this worker's session is to be ended: (outcome, error, run), or None."""
         child = self.children.get(row["pid"]) if mine else None
         others = not mine and is_alive(row, "supervisor_")
-        # A supervisor is heard by its heartbeat; who answers to us, or to nobody, by not stopping.
-        # What another container of this machine does, only its heartbeat tells.
-        hidden = is_hidden(row)
-        if others or hidden:
+        # What another container of this machine does, only its supervisor's heartbeat tells.
+        if others or is_hidden(row):
             silent = self.silences.get(row["supervisor"], (None, 0.0))[1]
-        else:
-            silent = self.stopped_for(row["pid"], mono)
-        if silent > row["lock_timeout_s"]:
-            return "failed", f"worker lost: silent for {duration_text(silent)}", None
-        if others or hidden:
+            if silent > row["lock_timeout_s"]:
+                return "failed", f"worker lost: silent for {duration_text(silent)}", None
             return None  # its supervisor's to judge: it alone knows why it ended this worker
         if child.exitcode is not None if child else not is_alive(row):
             killed = child is not None and child.exitcode < 0
             cause = f": {signal_text(child.exitcode)}" if killed else ""
-            return "failed", f"worker lost{cause}", None
+            return "failed", f"worker lost{self.killed.pop(row['pid'], cause)}", None
         if max(row["stop"], self.stopping if mine else 0) > 1:
             return *NOT_COUNTED, None
         if row["cancelling"]:
@@ -361,13 +359,6 @@ class Supervisor:
         if late and (children(row["pid"]) or len(session_members(row["pid"])) > 1):
             return "failed", f"timed out after {duration_text(row['timeout_s'])}", row["run"]
         return None
-
-    def stopped_for(self, pid: int, mono: float) -> float:
-        """Return for how many seconds a worker has been seen stopped (SIGSTOP)."""
-        if not is_stopped(pid):
-            self.stopped_at.pop(pid, None)
-            return 0.0
-        return mono - self.stopped_at.setdefault(pid, mono)
 
     def emptied(self, ending: Ending, mono: float) -> bool:
         """Push a session towards its end; say whether no process of it is left: the fence."""
