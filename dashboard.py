@@ -327,13 +327,10 @@ def kept_token(path: str) -> str:
         if re.fullmatch(r"[\w-]{43}", token := file.read(100)):
             return token
     token = secrets.token_urlsafe(32)
-    try:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(token)
-    except OSError as error:
-        raise QueueError(f"{path}: {error.strerror}") from None
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    with open(path, "x", opener=database.safe_open) as file:
+        file.write(token)
     return token
 
 

@@ -482,11 +482,7 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
     """
     make_run_directory(path)
     log = os.path.join(database.run_directory(path), "workers.log")
-    try:
-        handle = database.safe_open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-    except OSError as error:
-        raise QueueError(f"{log}: {error.strerror}; remove it") from None
-    with os.fdopen(handle, "r+b", 0) as file:
+    with open(log, "a+b", 0, opener=database.safe_open) as file:
         log_start = file.seek(0, os.SEEK_END)
         program = os.path.join(os.path.dirname(__file__), "queuectl.py")
         words = [sys.executable, program, *arguments]
