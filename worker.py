@@ -893,15 +893,14 @@ def is_stopped(pid: int) -> bool:
 def session_members(session: int) -> list[int]:
     """Return the pids of a session's living processes."""
     names = os.listdir("/proc") if sys.platform == "linux" else ask("ps", "-axo", "pid=").split()
-    pids = [int(name) for name in names if name.isdigit()]
-    return [pid for pid in pids if session_of(pid) == session and process_status(pid)]
-
-
-def session_of(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except OSError:
-        return None
+    members = []
+    for pid in [int(name) for name in names if name.isdigit()]:
+        try:
+            if os.getsid(pid) == session and process_status(pid):
+                members.append(pid)
+        except OSError:
+            pass  # it has just gone
+    return members
 
 
 def adopt_orphans() -> None:
