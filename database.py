@@ -377,7 +377,6 @@ def enqueue(db: Connection, now: float) -> tuple[int, int]:
     Jobs without `run_at` are due at once. Raises QueueError if an id is in use, naming the line.
     """
     with transaction(db):
-        count = db.execute("SELECT count(*) FROM incoming").fetchone()[0]
         for line, job_id in db.execute("SELECT line, id FROM incoming JOIN jobs USING (id)"):
             place = f"line {line}: " if line else ""
             raise QueueError(f'{place}the id "{job_id}" is in use; choose another, or leave it out')
@@ -393,7 +392,7 @@ def enqueue(db: Connection, now: float) -> tuple[int, int]:
                 {made_up} IN (SELECT id FROM incoming WHERE id IS NOT NULL))"""
         while True:
             try:
-                db.execute(
+                count = db.execute(
                     f"""
                     INSERT INTO jobs (seq, {INPUT}, state, due, created_at, updated_at)
                     SELECT :last + number, coalesce(id, {made_up}), command, priority,
@@ -401,12 +400,11 @@ def enqueue(db: Connection, now: float) -> tuple[int, int]:
                            'pending', coalesce(run_at, :now) <= :now, :now, :now
                     FROM incoming ORDER BY number""",
                     {"last": last, "now": now},
-                )
-                break
+                ).rowcount
+                return last + 1, last + count
             except sqlite3.IntegrityError:
                 jump = max(2 * jump, db.execute(clash, {"last": last}).fetchone()[0])
                 last += jump
-    return last + 1, last + count
 
 
 # --- claim and finish ------------------------------------------------------------------------
