@@ -171,15 +171,15 @@ def expand(template: str, **values: Any) -> str:
 # --- one job ---------------------------------------------------------------------------------
 
 
-def check_job(given: Any, settings: dict[str, Any], cwd: str) -> tuple[dict[str, Any], list[str]]:
-    """Turn what a user wrote into the row that database.enqueue takes; say what was ignored.
+def check_job(given: Any, settings: dict[str, Any], cwd: str) -> dict[str, Any]:
+    """Turn what a user wrote into the row that database.enqueue takes.
 
     `given` is parsed JSON; `settings` fill in what it leaves out: they are copied into the job
     here, so that a later `config set` never changes it. Raises BadInput, naming the field.
     """
     if not isinstance(given, dict):
         raise BadInput(f"a job is a JSON object, not {json_kind(given)}")
-    ignored, job = [], UNSET.copy()
+    job = UNSET.copy()
     job["cwd"], job["timeout_s"] = cwd, settings["job_timeout_s"]
     job["max_retries"], job["backoff_base"] = settings["max_retries"], settings["backoff_base"]
     if "timeout" in given and "timeout_s" in given:
@@ -188,16 +188,14 @@ def check_job(given: Any, settings: dict[str, Any], cwd: str) -> tuple[dict[str,
         name = "timeout_s" if name == "timeout" else name
         if name in FIELDS:
             job[name] = FIELDS[name](name, value)
-        elif name in SET_BY_QUEUE:
-            ignored.append(name)
-        else:
+        elif name not in SET_BY_QUEUE:
             there_are = ", ".join(sorted([*FIELDS, "timeout"]))
             raise BadInput(f'unknown field "{name}"; a job has: {there_are}')
     if job["command"] is None:
         raise BadInput('a job needs a "command"')
     if job["cwd"] is not cwd:
         job["cwd"] = os.path.join(cwd, os.path.expanduser(job["cwd"]))
-    return job, ignored
+    return job
 
 
 def check_jobs(
@@ -209,10 +207,10 @@ def check_jobs(
     """
     for line, entry in entries:
         try:
-            row, unused = check_job(entry, settings, cwd)
+            row = check_job(entry, settings, cwd)
         except BadInput as error:
             raise BadInput(f"line {line}: {error}" if line else str(error)) from None
-        ignored.update(unused)
+        ignored.update(SET_BY_QUEUE & entry.keys())
         yield line, row
 
 

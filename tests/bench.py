@@ -233,7 +233,7 @@ class Bench:
         fifo, acts, recorded = self.folder / "fifo", [], []
         os.mkfifo(fifo)
         given, settings = {"command": f"echo > {shlex.quote(str(fifo))}"}, config.load("")
-        job, handle = config.check_job(given, settings, "/")[0], os.open(fifo, os.O_RDWR)
+        job, handle = config.check_job(given, settings, "/"), os.open(fifo, os.O_RDWR)
         process, _ = self.idle_workers("latency", CORES)
         db, path = database.connect(str(self.folder / "latency")), str(self.folder / "latency")
         for _ in range(self.size(200)):
@@ -473,7 +473,7 @@ class Hand:
 
     def enqueue(self, count: int) -> None:
         """Add jobs, and write the log of that into the file: it is not what is measured next."""
-        job = config.check_job({"command": "true"}, config.load(""), "/")[0]
+        job = config.check_job({"command": "true"}, config.load(""), "/")
         database.gather(self.db, ((0, job) for _ in range(count)))
         database.enqueue(self.db, time.time())
         self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -191,7 +191,7 @@ def test_of_many_who_store_at_once_none_undoes_another(path):
 
 
 def check(**fields: Any) -> dict[str, Any]:
-    return config.check_job({"command": "true"} | fields, DEFAULTS, "/here")[0]
+    return config.check_job({"command": "true"} | fields, DEFAULTS, "/here")
 
 
 NOT_A_JOB = [
@@ -269,10 +269,9 @@ def test_nan_is_refused_where_python_code_passes_it():
 
 def test_settings_are_copied_into_the_job_unless_it_has_its_own():
     settings = DEFAULTS | {"max_retries": 7, "backoff_base": 1.5, "job_timeout_s": 60}
-    job, ignored = config.check_job({"command": "true"}, settings, "/here")
+    job = config.check_job({"command": "true"}, settings, "/here")
     expected = dict(id=None, command="true", priority=0, run_at=None, max_retries=7)
     assert job == expected | dict(backoff_base=1.5, timeout_s=60, cwd="/here")
-    assert ignored == []
     own = dict(id="a", priority=-5, max_retries=0, backoff_base=0, timeout_s=0.5, cwd="/there")
     assert check(**own).items() >= own.items()
     assert check(timeout=30)["timeout_s"] == 30
@@ -311,9 +310,13 @@ def test_a_printed_record_pasted_back_is_taken_and_what_the_queue_sets_is_report
     given_by_queue = "state attempts exit_code last_error stdout stderr worker created_at"
     names = [*given_by_queue.split(), "updated_at", "started_at", "finished_at", "runs"]
     record = {"command": "true"} | dict.fromkeys(names, "whatever")
-    job, ignored = config.check_job(record, DEFAULTS, "/here")
-    assert ignored == names
-    assert job == check()
+    ignored: set[str] = set()
+    plain = {"command": "true"}
+    jobs = list(config.check_jobs([(1, plain)], DEFAULTS, "/here", ignored))
+    assert not ignored
+    jobs += config.check_jobs([(2, record)], DEFAULTS, "/here", ignored)
+    assert ignored == set(names)
+    assert jobs == [(1, check()), (2, check())]
 
 
 # --- many jobs -------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def db(path) -> Iterator[sqlite3.Connection]:
 
 
 def entry(line: int, now: float = NOW, **fields: Any) -> tuple[int, dict[str, Any]]:
-    return line, config.check_job({"command": "true"} | fields, DEFAULTS, "/")[0]
+    return line, config.check_job({"command": "true"} | fields, DEFAULTS, "/")
 
 
 def add(db: sqlite3.Connection, *jobs: dict[str, Any], now: float = NOW) -> list[int]:

@@ -235,7 +235,7 @@ def claim(db, *arguments):
     if not os.path.exists("come"):
         open("come", "x").close()
         other = database.connect(os.environ["QUEUECTL_DB"])
-        job, _ = config.check_job({"command": "true"}, config.load(""), "/")
+        job = config.check_job({"command": "true"}, config.load(""), "/")
         database.gather(other, [(0, job)])
         database.enqueue(other, time.time())
         other.close()

@@ -695,7 +695,7 @@ def test_work_arrives_and_wakes_sleeping_workers(queue: Queue) -> None:
     for pair in ("cd", "dc"):
         db, now = database.connect(queue.path), time.time()
         job = {"command": meet.format(*pair), "cwd": str(queue.folder)}
-        row = config.check_job(job, config.load(queue.config), "/")[0]
+        row = config.check_job(job, config.load(queue.config), "/")
         put_in(db, [(1, row)], now)
         db.close()
     database.ring(queue.path)
