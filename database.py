@@ -247,18 +247,15 @@ def transaction(db: Connection) -> Iterator[None]:
         yield
         return
     asked = time.perf_counter()  # noqa: F841  # --explain reads it
-    try:
-        with turn():
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:  # SQLite has rolled back by itself after a full disk, say
-                    db.execute("ROLLBACK")
-                raise
-    finally:
-        show_all()
+    with turn():
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:  # SQLite has rolled back by itself after a full disk, say
+                db.execute("ROLLBACK")
+            raise
 
 
 def is_damage(error: Exception) -> bool:
@@ -1028,17 +1025,10 @@ class Explained(Connection):
         place = f"pid {os.getpid():<7}  {f'{function}:{frame.f_lineno}':<24}"
         within = inside and verb not in ("COMMIT", "ROLLBACK")
         UNSHOWN.append((f"{place} {took:8.2f} ms  {effect:<14}  " + "  " * within, text, remark))
-        if not self.in_transaction and caller.f_code is not transaction.__wrapped__.__code__:
-            show_all()
+        if not self.in_transaction:  # while the lock is held nobody waits for a reader
+            show(UNSHOWN)
+            UNSHOWN.clear()
         return answer
-
-
-def show_all() -> None:
-    """Show what has been told, unless --explain is off. `transaction` does so when it is over:
-    while the lock is held nobody waits for a reader."""
-    if UNSHOWN:
-        show(UNSHOWN)
-        UNSHOWN.clear()
 
 
 def inlined(sql: str, values: Any) -> str:
