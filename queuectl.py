@@ -736,13 +736,12 @@ def dashboard(place: Place, port: int, host: str, opening: bool) -> None:
     queuectl.py dashboard --port 0 --open
     """
     import select
-    import signal
 
     from dashboard import Server
 
     place.db.close()  # made if need be; the window opens its own
     server = Server(place.path, host, port, place.hands, place.settings, print_remark)
-    wake = place.hands.await_signals(lambda *_: None, (signal.SIGINT, signal.SIGTERM))
+    wake = place.hands.await_signals(lambda *_: None)
     server.start()
     click.echo(f"dashboard on {server.address}")
     click.echo("Ctrl+C ends it", err=True)

@@ -1007,8 +1007,8 @@ def signal_text(code: int) -> str:
     return f"killed by {names.get(-code, f'signal {-code}')}"
 
 
-def await_signals(handler: Callable[..., object], numbers: Iterable[int] = SIGNALS) -> int:
-    """Handle these signals; return what can be read once one has come.
+def await_signals(handler: Callable[..., object]) -> int:
+    """Handle SIGNALS; return what can be read once one has come.
 
     Handlers only set flags; the byte that the interpreter writes into this pipe ends a sleep.
     """
@@ -1016,7 +1016,7 @@ def await_signals(handler: Callable[..., object], numbers: Iterable[int] = SIGNA
     for end in ends:
         os.set_blocking(end, False)
     signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
-    for number in numbers:
+    for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, handler)
     return ends[0]
