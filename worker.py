@@ -518,7 +518,6 @@ class Desk:
         self.say = lambda verb, text: say(name, os.getpid(), verb, text)
         self.paths = output_paths(path, name)
         self.outputs = [new_output(output) for output in self.paths]
-        self.nothing = os.open(os.devnull, os.O_RDONLY)
         # For writing too: else it ends with each writer.
         self.bell = database.open_bell(path, os.O_RDWR)
 
@@ -686,7 +685,7 @@ def execute(desk: Desk, run: Run) -> tuple[int | None, str | None]:
     try:
         words, (out, err) = [b"/bin/sh", b"-c", (run.line or run.command).encode()], desk.outputs
         cwd = b"/" if elsewhere else run.cwd.encode()
-        done = subprocess.run(words, stdin=desk.nothing, stdout=out, stderr=err, cwd=cwd)
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd)
         return done.returncode, None
     except (OSError, ValueError) as problem:  # cwd gone, command too long, no more processes
         where = getattr(problem, "filename", None)
