@@ -312,8 +312,7 @@ class Supervisor:
                 self.settle(db, ending)
             elif ending.far and ending.far.tries and self.stopping > 2:
                 self.reap(ending.worker["pid"])  # leave it, as it is, to the next supervisor
-        unknown = self.children.keys() - {row["pid"] for row in workers}
-        for pid in unknown:
+        for pid in self.children.keys() - {row["pid"] for row in workers}:
             if self.stopping > 1 and self.children[pid].exitcode is None:
                 send(pid, signal.SIGKILL)
             self.reap(pid)  # ended before it could register: it holds nothing
@@ -747,14 +746,11 @@ def new_output(path: str) -> int:
 def make_run_directory(path: str) -> None:
     """Make it, private, with the bell in it.
 
-    Raises QueueError if it cannot be made, and where others could put commands for us to run.
+    Raises OSError if it cannot be made, QueueError where others could put commands for us to run.
     """
     folder = database.run_directory(path)
-    try:
-        with suppress(FileExistsError):
-            os.mkdir(folder, 0o700)
-    except OSError as error:
-        raise QueueError(f"{folder} cannot be made: {error.strerror}") from None
+    with suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
     if not os.path.isdir(folder) or os.path.islink(folder):
         raise QueueError(f"{folder} is not a directory; remove it")
     if exposed := database.exposed(path):
