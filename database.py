@@ -767,14 +767,9 @@ def counts(db: Connection, seqs: Iterable[int] = ()) -> dict[str, int]:
     if seqs:
         states = [job(db, seq)["state"] for seq in seqs]
         return {state: states.count(state) for state in STATES} | {"total": len(states)}
-    # A state is counted entry by entry, all jobs together by the page: so the state that grows
-    # for ever is what the others leave, and a million completed jobs do not slow us. (A state that
-    # is none of the six would be counted there; `doctor` finds it.)
-    others = [state for state in STATES if state != "completed"]
-    each = ", ".join(f"(SELECT count(*) FROM jobs WHERE state = '{state}')" for state in others)
-    total, *found = db.execute(f"SELECT (SELECT count(*) FROM jobs), {each}").fetchone()
-    found = dict(zip(others, found)) | {"completed": total - sum(found), "total": total}
-    return {name: found[name] for name in (*STATES, "total")}
+    each = ", ".join(f"(SELECT count(*) FROM jobs WHERE state = '{state}')" for state in STATES)
+    found = dict(zip(STATES, db.execute(f"SELECT {each}").fetchone()))
+    return found | {"total": sum(found.values())}
 
 
 def summary(db: Connection, now: float, workers: int) -> dict[str, Any]:
