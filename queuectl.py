@@ -211,7 +211,7 @@ limit_option = click.option(
 @click.pass_obj
 def cli(place: Place, db: str, config: str, explain: bool) -> None:
     """A background job queue: shell commands in one SQLite file, run by worker processes."""
-    place.path, place.config_path = db, config
+    place.path, place.config_path = os.path.abspath(db), os.path.abspath(config)
     database.show = show_statements if explain else None
 
 
@@ -337,10 +337,7 @@ def start(
     if not detach:
         place.hands.Supervisor(place.path, settings, print_event, count, drain).run()
         return
-    words = ["--db", os.path.abspath(place.path), "--config", os.path.abspath(place.config_path)]
-    words += ["--explain"] if database.show else []
-    words += ["worker", "start", "--count", str(count), *["--drain"] * drain]
-    words += [f"--{name.replace('_', '-')}={line}" for name, line in given.items()]
+    words = [word for word in sys.argv[1:] if word != "--detach"]
     pid, log = place.hands.detach(words, place.path, count)
     click.echo(f"{plural(count, 'worker')} in the background, supervisor pid {pid}, log {log}")
 
