@@ -179,19 +179,14 @@ class Supervisor:
         # Those of the dead that are being settled stay ready: waiting on them would be spinning.
         ending = {each.worker["pid"] for each in self.endings.values()}
         sentinels = [child.sentinel for pid, child in self.children.items() if pid not in ending]
-        handles, busy = [*sentinels, self.wake], self.busy or self.endings
-        if not readable(handles, BUSY_TICK_S if busy else IDLE_TICK_S) and not busy:
-            late = time.monotonic() + IDLE_TICK_S > self.beat_at
-            if not self.has_changed() and not late:  # then only a death elsewhere could be seen
-                readable(handles, IDLE_TICK_S)
+        handles = [*sentinels, self.wake]
+        if self.busy or self.endings:
+            readable(handles, BUSY_TICK_S)
+        elif not readable(handles, IDLE_TICK_S) and time.monotonic() + IDLE_TICK_S < self.beat_at:
+            with suppress(database.SQLiteError):  # the next look meets the same, and says it
+                if self.db and database.data_version(self.db) == self.seen:
+                    readable(handles, IDLE_TICK_S)  # a look could only show a death elsewhere
         drained(self.wake)
-
-    def has_changed(self) -> bool:
-        """Say whether another process has changed the queue since the last time; perhaps: yes."""
-        with suppress(database.SQLiteError):
-            before, self.seen = self.seen, self.db and database.data_version(self.db)
-            return self.seen is None or self.seen != before
-        return True
 
     def keep_count(self) -> None:
         """Fork workers in place of those that are gone or, stopping, tell them all to leave."""
@@ -284,6 +279,7 @@ class Supervisor:
                 send(pid, signal.SIGKILL)
 
     def tick(self, db: Any, now: float, mono: float) -> None:
+        self.seen = database.data_version(db)
         if mono >= self.beat_at:
             # Without an id it changes no row, but waits for the lock: as long as somebody else
             # holds it nobody can beat, and `listen` must not take that for silence.
