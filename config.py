@@ -350,7 +350,7 @@ def refuse_constant(word: str) -> None:
 DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant)
 
 
-def parse_number(text: str, name: str = "") -> float:
+def parse_number(text: str, name: str) -> float:
     """Return an int or a float; only what JSON or a shell would call one, so no 1_000."""
     for kind in (int, float):
         try:
@@ -358,7 +358,7 @@ def parse_number(text: str, name: str = "") -> float:
                 return kind(text)
         except ValueError:
             pass
-    raise BadInput(f'{name}{name and ": "}"{text}" is not a number')
+    raise BadInput(f'{name}: "{text}" is not a number')
 
 
 def parse_duration(text: str) -> float:

@@ -20,7 +20,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, nullcontext
 from functools import cached_property
 from typing import Any
@@ -29,7 +29,7 @@ import click
 
 import config
 import database
-from config import BadInput, check_setting, parse_duration, parse_number
+from config import BadInput, check_setting
 from database import duration_text, plural
 
 LIVE_BYTES = 2**20  # of a running job's output, read at one look
@@ -179,19 +179,14 @@ def show_statements(statements: list[tuple[str, str, str]]) -> None:
     put(sys.stderr, "\n".join(lines))
 
 
-def named(parse: Callable[[str], float]) -> Callable[[str], float]:
-    """Return a type of an option that lets click name the option if its value is refused."""
-
-    def convert(text: str) -> float:
-        try:
-            return parse(text)
-        except BadInput as error:
-            raise click.BadParameter(str(error)) from None
-
-    return convert
+def duration(text: str) -> float:
+    """Return seconds; if that cannot be, click names the option whose value it is."""
+    try:
+        return config.parse_duration(text)
+    except BadInput as error:
+        raise click.BadParameter(str(error)) from None
 
 
-number, duration = named(parse_number), named(parse_duration)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 explain_option = click.option("--explain", is_flag=True, help="Show each SQL statement on stderr.")
 limit_option = click.option(
@@ -227,11 +222,11 @@ def init(place: Place) -> None:
 @click.argument("job", required=False)
 @click.option("--command", help="The shell command, instead of JOB.")
 @click.option("--id", help="A name of your own for the job.")
-@click.option("--priority", type=number, metavar="N", help="Higher runs first. Default 0.")
+@click.option("--priority", type=int, metavar="N", help="Higher runs first. Default 0.")
 @click.option("--run-at", metavar="TIME", help="Not before: 2030-01-31T12:00:00Z or Unix seconds.")
 @click.option("--delay", type=duration, metavar="5m", help="Not before so long from now.")
 @click.option("--timeout", type=duration, metavar="30s", help="End a run after so long.")
-@click.option("--max-retries", type=number, metavar="N", help="How often it is run again.")
+@click.option("--max-retries", type=int, metavar="N", help="How often it is run again.")
 @click.option("--cwd", metavar="DIR", help="Where it runs. Default: here.")
 @click.option("--file", metavar="PATH", help="Many: a JSON array or an object a line; - is stdin.")
 @click.option("--lines", is_flag=True, help="With --file: each line is a command.")
