@@ -234,11 +234,10 @@ def check_text(name: str, value: Any) -> str:
         raise BadInput(f'"{name}" must be text, not {json_kind(value)}')
     if "\0" in value:
         raise BadInput(f'"{name}" contains a NUL character')
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise BadInput(f'"{name}" is not valid Unicode: {error.reason}') from None
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f'"{name}" is not valid Unicode: {error.reason}') from None
     return value
 
 
