@@ -243,7 +243,6 @@ class Supervisor:
     def look(self) -> None:
         """One tick. A database that cannot be used now (full disk, locked) is tried again."""
         try:
-            self.end_stopped(self.queue(), time.monotonic())
             self.tick(self.queue(), time.time(), time.monotonic())
             self.trouble = ""
         except (OSError, QueueError, database.SQLiteError) as error:
@@ -260,13 +259,13 @@ class Supervisor:
                 self.reap(pid)  # what it held waits in the database for the next supervisor
             time.sleep(IDLE_TICK_S)
 
-    def end_stopped(self, db: Any, mono: float) -> None:
+    def end_stopped(self, workers: Iterable[Any], mono: float) -> None:
         """Kill who has been stopped (SIGSTOP) for longer than it may be silent: our workers, and
         those that nobody else would end. One may have the lock without which none can be judged."""
         limit_s = self.settings["lock_timeout_s"]
         # Until its exit code is known the pid is the child's own.
         limits = {pid: limit_s for pid, child in self.children.items() if child.exitcode is None}
-        for row in database.workers(db):
+        for row in workers:
             if row["supervisor"] != self.id and is_alive(row):
                 watched = is_alive(row, "supervisor_") and not is_stopped(row["supervisor_pid"])
                 if not watched and not works_elsewhere(row["pid"], self.path):
@@ -280,13 +279,16 @@ class Supervisor:
 
     def tick(self, db: Any, now: float, mono: float) -> None:
         self.seen = database.data_version(db)
+        workers = database.workers(db)
+        self.end_stopped(workers, mono)
         if mono >= self.beat_at:
             # Without an id it changes no row, but waits for the lock: as long as somebody else
             # holds it nobody can beat, and `listen` must not take that for silence.
             database.beat(db, self.id, now)
             self.beat_at = mono + min(10.0, self.settings["lock_timeout_s"] / 4)
+            workers = database.workers(db)  # it may have waited long
         supervisors = [row for row in database.supervisors(db) if is_here(row)]
-        workers = [row for row in database.workers(db) if is_here(row)]
+        workers = [row for row in workers if is_here(row)]
         own = [row["stop"] for row in supervisors if row["id"] == self.id]
         self.asked = max([self.asked, *own, self.drain and database.settled(db)])
         if self.id and not own and not self.asked:
