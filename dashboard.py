@@ -247,8 +247,9 @@ class Server(ThreadingTCPServer):  # no HTTPServer: that would ask the DNS for o
             raise QueueError(told) from None
         self.port, self.ip = self.server_address[1], ipaddress.ip_address(self.server_address[0])
         self.path, self.hands, self.watcher, self.meter = path, hands, Watcher(path, hands), Meter()
-        self.lock = threading.Lock()  # guards `connections` and `ticket`
+        self.lock = threading.Lock()  # guards the next three
         self.connections: dict[Any, float] = {}  # by age: until when it must have asked; has: inf
+        self.ending: set[int] = set()  # seqs of running jobs that are being cancelled
         self.await_cancelled = partial(hands.await_cancelled, path, settings, say)
         name = socket.gethostname() if self.ip.is_unspecified else host
         self.host = (f"[{name}]" if ":" in name else name).lower() + f":{self.port}"
@@ -467,11 +468,21 @@ class Handler(BaseHTTPRequestHandler):
         with opened(self.server.path) as db:
             seq = self.named(db)
             state = database.cancel(db, seq, time.time())
+        if state == "processing":
+            with self.server.lock:  # one thread for each job, however often it is asked for
+                begun = seq in self.server.ending
+                self.server.ending.add(seq)
+            if not begun:
+                threading.Thread(target=self.end_cancelled, args=(seq,), daemon=True).start()
         self.send_json({"state": state})
-        if state == "processing":  # its supervisor ends it; if that is gone, this thread does
-            self.server.shutdown_request(self.connection)  # the answer is whole
+
+    def end_cancelled(self, seq: int) -> None:
+        """Its supervisor ends it; if that is gone, this does."""
+        try:
             with suppress(QueueError, OSError, database.SQLiteError):
                 self.server.await_cancelled([seq])
+        finally:
+            self.server.ending.discard(seq)
 
     def named(self, db: Any) -> int:
         """Return the seq of the job that the body names, by its whole id."""
