@@ -198,19 +198,32 @@ def make_file(path: str) -> None:
     What a queue of this name has left that was removed goes first: its workers, who may still be
     there, would share its -shm with us (sqlite.org/howtocorrupt.html, 2.4), and run old jobs again.
     """
-    import fcntl
-
-    place = os.path.realpath(path)
-    folder = os.open(os.path.dirname(place), os.O_RDONLY | os.O_CLOEXEC)
+    place, folder = os.path.realpath(path), None
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # of two at once, neither may remove the other's
-        if not os.path.exists(path):
-            for end in ("-wal", "-shm"):
-                with suppress(FileNotFoundError):
-                    os.unlink(place + end)
+        with suppress(PermissionError):  # not ours to tidy: then it is made beside what is there
+            folder = os.open(os.path.dirname(place), os.O_RDONLY | os.O_CLOEXEC)
+            if locked(folder) and not os.path.exists(path):
+                for end in ("-wal", "-shm"):
+                    with suppress(FileNotFoundError):
+                        os.unlink(place + end)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     finally:
-        os.close(folder)
+        if folder is not None:
+            os.close(folder)
+
+
+def locked(folder: int) -> bool:
+    """Lock a directory, so that of two who make the queue at once neither removes the other's;
+    but wait for a second at most: `flock DIRECTORY COMMAND` may be what has started us."""
+    import fcntl
+
+    for _ in range(100):
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.01)
+    return False
 
 
 def identity(db: Connection) -> tuple[int, int]:

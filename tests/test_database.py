@@ -593,6 +593,23 @@ def test_who_makes_the_queue_leaves_alone_what_another_was_faster_to_make(path, 
             assert database.counts(another)["pending"] == 1
 
 
+@pytest.mark.parametrize("why", [PermissionError, BlockingIOError])
+def test_a_queue_is_made_and_private_where_its_directory_cannot_be_locked(path, monkeypatch, why):
+    """It may belong to others (/tmp), or be locked by who has started us (`flock DIR COMMAND`)."""
+
+    def flock(*_: object) -> None:
+        raise why
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    before = os.umask(0)
+    try:
+        with closing(database.connect(path)) as db:
+            add(db, {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+
 @pytest.mark.parametrize("version", [-1, 0, database.VERSION, database.VERSION + 1])
 def test_another_programs_database_is_refused_and_left_as_it_is(path, version):
     with closing(sqlite3.connect(path)) as db:

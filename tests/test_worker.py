@@ -909,6 +909,24 @@ def test_the_queue_is_removed_under_its_workers_and_they_leave(queue: Queue) -> 
         path.unlink()  # of workers of a queue that is no more
 
 
+def test_who_slept_while_the_queue_was_replaced_leaves_the_new_ones_workers_alone(
+    queue: Queue,
+) -> None:
+    """Supervisors and workers are numbered from 1 again there."""
+    old = queue.start()
+    os.kill(old.pid, signal.SIGSTOP)
+    (queue.folder / "queue.db").unlink()
+    new = queue.start(ready=False)
+    enqueue(queue, "a", UNTIL_GO)
+    begun(queue)
+    os.kill(old.pid, signal.SIGCONT)
+    assert old.wait(timeout=DEADLINE_S) == 0
+    assert new.poll() is None
+    go(queue)
+    reaches(queue, "a", "completed")
+    assert runs(queue, "a") == [("completed", None)]
+
+
 def test_ctrl_c_after_worker_stop_is_the_first_and_lets_the_job_finish(queue: Queue) -> None:
     enqueue(queue, "a", UNTIL_GO)
     process = queue.start()
