@@ -377,6 +377,8 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.body = self.read_body() if changes else {}
                 with self.server.lock:
+                    if self.connection not in self.server.connections:
+                        return  # turned out: what it has asked for meanwhile is not done
                     self.server.connections[self.connection] = math.inf
                 routes[url.path]()
         except database.SQLiteError as error:

@@ -578,6 +578,26 @@ def test_silent_slow_and_broken_clients_neither_stop_it_nor_leak_threads(
         client.close()
 
 
+def test_of_who_is_turned_out_nothing_is_done(
+    server: dashboard.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard, "CONNECTIONS", 2)
+    viewers = [follow(server) for _ in range(2)]
+    assert all(next(viewer)["whole"] for viewer in viewers)
+    done: list[int] = []
+    monkeypatch.setattr(dashboard.Handler, "retry", lambda handler: done.append(1))
+    head = f"POST /api/retry HTTP/1.0\r\nHost: 127.0.0.1:{server.port}\r\nContent-Length: 2\r\n"
+    for _ in range(50):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
+            with suppress(OSError):
+                client.sendall(f"{head}Authorization: Bearer {server.token}\r\n\r\n{{}}".encode())
+                assert client.recv(99) == b""
+    eventually(lambda: len(server.connections) == 2)
+    assert done == []
+    for viewer in viewers:
+        viewer.close()
+
+
 def test_a_viewer_that_does_not_read_is_dropped(
     server: dashboard.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
