@@ -206,7 +206,7 @@ limit_option = click.option(
 @click.pass_obj
 def cli(place: Place, db: str, config: str, explain: bool) -> None:
     """A background job queue: shell commands in one SQLite file, run by worker processes."""
-    place.path, place.config_path = os.path.abspath(db), os.path.abspath(config)
+    place.path, place.config_path = db, config
     database.show = show_statements if explain else None
 
 
