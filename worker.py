@@ -253,6 +253,7 @@ class Supervisor:
                 self.say("supervisor", self.pid, "trouble", text)
             if database.is_damage(error):
                 self.asked, self.fatal = max(self.asked, 1), text
+            self.end_stopped([], time.monotonic())  # one of ours may be why
             for pid in list(self.children) if self.stopping else []:
                 if self.stopping > 1:  # nothing can be recorded, but it can be ended
                     push(session_members(pid), set(), hard=True)
@@ -270,11 +271,11 @@ class Supervisor:
                 watched = is_alive(row, "supervisor_") and not is_stopped(row["supervisor_pid"])
                 if not watched and not works_elsewhere(row["pid"], self.path):
                     limits[row["pid"]] = row["lock_timeout_s"]
-        stopped = [pid for pid in limits if is_stopped(pid)]
-        self.stopped_at = {pid: self.stopped_at.get(pid, mono) for pid in stopped}
-        for pid, since in self.stopped_at.items():
-            if mono - since > limits[pid]:
-                self.killed[pid] = f": silent for {duration_text(mono - since)}"
+        for pid, limit_s in limits.items():
+            if not is_stopped(pid):
+                self.stopped_at.pop(pid, None)
+            elif (silent := mono - self.stopped_at.setdefault(pid, mono)) > limit_s:
+                self.killed[pid] = f": silent for {duration_text(silent)}"
                 send(pid, signal.SIGKILL)
 
     def tick(self, db: Any, now: float, mono: float) -> None:
