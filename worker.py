@@ -290,11 +290,14 @@ class Supervisor:
             workers = database.workers(db)  # it may have waited long
         supervisors = [row for row in database.supervisors(db) if is_here(row)]
         workers = [row for row in workers if is_here(row)]
-        own = [row["stop"] for row in supervisors if row["id"] == self.id]
+        me = (self.id, self.pid)
+        own = [row["stop"] for row in supervisors if (row["id"], row["pid"]) == me]
         self.asked = max([self.asked, *own, self.drain and database.settled(db)])
-        if self.id and not own and not self.asked:
-            self.say("supervisor", self.pid, "stopping", "the queue was replaced or cleared")
-            self.asked = 1
+        if self.id and not own:
+            self.id = 0  # for in a queue that replaces ours another may have this number
+            if not self.asked:
+                self.say("supervisor", self.pid, "stopping", "the queue was replaced or cleared")
+            self.asked = max(self.asked, 1)
         self.listen(supervisors, mono)
         self.busy = False
         for row in workers:
