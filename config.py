@@ -256,8 +256,8 @@ def check_number(name: str, value: Any) -> float:
 
 def check_time(name: str, value: Any) -> float:
     """Return Unix seconds from Unix seconds or an ISO 8601 date; no offset means UTC."""
-    if isinstance(value, str) and re.fullmatch(r"([0-9]{1,7}|[0-9]{9,})([.][0-9]+)?", value):
-        value = float(value)  # eight digits are rather a date: 20300131
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{9,}([.][0-9]+)?", value):
+        value = float(value)  # fewer digits are rather a date or a time of day: 20300131, 1830
     if type(value) in (int, float):
         if not 0 <= value <= LAST_TIME:
             raise BadInput(f'"{name}" {value!s:.40} is no time in Unix seconds')
