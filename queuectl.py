@@ -206,7 +206,9 @@ limit_option = click.option(
 @click.pass_obj
 def cli(place: Place, db: str, config: str, explain: bool) -> None:
     """A background job queue: shell commands in one SQLite file, run by worker processes."""
-    place.path, place.config_path = db, config
+    # Not os.path.abspath: it shortens link/.. by its letters, and that may name another file.
+    place.path = db if os.path.isabs(db) else os.path.join(os.getcwd(), db)
+    place.config_path = config if os.path.isabs(config) else os.path.join(os.getcwd(), config)
     database.show = show_statements if explain else None
 
 

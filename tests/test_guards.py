@@ -155,7 +155,7 @@ def test_two_supervisors_hear_each_other_and_neither_takes_the_others_jobs(queue
     try:
         db, _ = claimed(queue, bystander.pid, worker.process_birth(bystander.pid))
         (owner, _), (other, told) = settler(queue), settler(queue)
-        owner.id = database.supervisors(db)[0]["id"]
+        owner.id, owner.pid = database.supervisors(db)[0]["id"], bystander.pid
         for second in range(100):
             owner.tick(db, 1e9 + second, second)
             other.tick(db, 1e9 + second, second)

@@ -653,6 +653,14 @@ def test_a_run_that_cannot_start_fails_and_the_worker_lives_on(queue: Queue) -> 
     assert found[1]["last_error"] == f"cannot be started: No such file or directory: {gone}"
 
 
+def test_a_path_goes_through_links_as_the_system_goes(queue: Queue) -> None:
+    (queue.folder / "far" / "sub").mkdir(parents=True)
+    (queue.folder / "far" / "config.json").write_text('{"max_retries": 7}')
+    (queue.folder / "link").symlink_to("far/sub")
+    found = queue.run("--config", "link/../config.json", "config", "get", "max_retries", check=0)
+    assert found.stdout == "7\n"
+
+
 @pytest.mark.parametrize(
     "words",
     [
