@@ -322,9 +322,9 @@ def test_a_job_that_is_to_run_again_is_told_to_those_who_sleep(queue: Queue) -> 
 
 
 def test_a_retry_is_told_to_those_who_sleep_for_its_worker_may_be_busy(queue: Queue) -> None:
-    queue.configure(poll_interval_ms=60_000, backoff_base=1, backoff_jitter=0, kill_grace_s=0)
+    queue.configure(poll_interval_ms=60_000, backoff_base=0.7, backoff_jitter=0, kill_grace_s=0)
     supervisor = queue.start(count=2)
-    for n in range(5):  # who gets the second job is left to chance
+    for n in range(12):  # who gets the second job is left to chance
         enqueue(queue, f"retry{n}", "test $QUEUECTL_ATTEMPT = 2")
         eventually(lambda n=n: f"retry{n}: exit code 1" in supervisor.log.read_text(), "it failed")
         enqueue(queue, f"busy{n}", "exec sleep 60")
