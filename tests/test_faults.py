@@ -83,7 +83,7 @@ def small(queue: Queue) -> Iterator[Queue]:
         for process in queue.supervisors:  # after a failure some may be left
             process.kill()
         for pid in [pid for each in queue.sessions for pid in worker.session_members(each)]:
-            os.kill(pid, signal.SIGKILL)
+            worker.send(pid, signal.SIGKILL)
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
@@ -445,7 +445,7 @@ def test_the_machine_restarts_and_strangers_have_the_pids(queue: Queue) -> None:
     supervisor.kill()
     supervisor.wait()
     for pid in worker.session_members(session):
-        os.kill(pid, signal.SIGKILL)
+        worker.send(pid, signal.SIGKILL)
     shutil.rmtree(queue.path + ".run")
     strangers = [subprocess.Popen(["sleep", "300"], start_new_session=True) for _ in range(2)]
     try:
