@@ -237,7 +237,7 @@ class Stage:
     def kill(self, *pids: int) -> None:
         self.typed(f"kill -9 {' '.join(map(str, pids))}")
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            worker.send(pid, signal.SIGKILL)
 
     def check(self, ok: bool, text: str) -> None:
         self.good += bool(ok)
