@@ -434,43 +434,42 @@ def claim(
         # Look, without a lock. Both looks cost the same however many wait or are done.
         best = db.execute(
             """
-            SELECT seq, id AS job, attempts + 1 AS attempt, max_retries, backoff_base, command, cwd,
-                   run_at AS due_at, (SELECT min(run_at) FROM jobs WHERE due = 0) AS later
+            SELECT seq, id, attempts + 1, max_retries, backoff_base, command, cwd, run_at,
+                   (SELECT min(run_at) FROM jobs WHERE due = 0) AS later,
+                   (SELECT 1 FROM jobs WHERE due = 1 LIMIT 1 OFFSET 1) AS more
             FROM jobs WHERE due = 1
-            ORDER BY priority DESC, run_at, seq LIMIT 2"""
-        ).fetchall()
-        later = best[0]["later"] if best else next_due_at(db)
+            ORDER BY priority DESC, run_at, seq LIMIT 1"""
+        ).fetchone()
+        later = best["later"] if best else next_due_at(db)
         if later is not None and later <= now:  # its time has come: it joins those that are due
             db.execute("UPDATE jobs SET due = 1 WHERE due = 0 AND run_at <= ?", (now,))
             continue
         if not best:
             return None, later
         # Take: of all that saw the same job, one finds it still waiting and changes one row.
-        *seen, _ = best[0]
+        *seen, _, more = best
         run = launched(Run(0, worker, now, *seen))
-        given = run._asdict() | {"mono": mono}
         with transaction(db):
             taken = db.execute(
                 """
                 UPDATE jobs
-                SET state = 'processing', worker = :worker, attempts = attempts + 1, due = NULL,
+                SET state = 'processing', worker = ?, attempts = attempts + 1, due = NULL,
                     exit_code = NULL, last_error = NULL,
-                    started_at = :started_at, finished_at = NULL, updated_at = :started_at
-                WHERE seq = :seq
+                    started_at = ?, finished_at = NULL, updated_at = ?
+                WHERE seq = ?
                   AND state IN ('pending', 'failed')  -- nobody was faster,
-                  AND run_at = :due_at AND attempts + 1 = :attempt  -- nor has it run since""",
-                given,
+                  AND run_at = ? AND attempts + 1 = ?  -- nor has it run since""",
+                (worker, now, now, run.seq, run.due_at, run.attempt),
             ).rowcount
             if taken == 1:
                 opened = db.execute(
                     """
-                    INSERT INTO runs (job, attempt, worker, due_at, started_at, started_mono,
+                    INSERT INTO runs (job, worker, attempt, due_at, started_at, started_mono,
                                       line, stop_line)
-                    VALUES (:seq, :attempt, :worker, :due_at, :started_at, :mono, :line,
-                            :stop_line)""",
-                    given,
+                    VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+                    (run.seq, worker, run.attempt, run.due_at, now, mono, run.line, run.stop_line),
                 )
-                return run._replace(id=opened.lastrowid), now if len(best) > 1 else later
+                return run._replace(id=opened.lastrowid), now if more else later
         # rowcount 0: another worker was faster; look again.
 
 
@@ -511,36 +510,34 @@ def finish(
     elif state == "failed":
         run_at = now + backoff_s(run.attempt, run.backoff_base, max_backoff_s) + jitter
     due = int(run_at <= now) if state in ("failed", "pending") else None
-    new = {**run._asdict(), **result._asdict(), "state": state, "attempts": attempts}
-    new |= {"run_at": run_at, "due": due, "now": now}
+    new = (state, attempts, run_at, due, result.exit_code, result.error, now, now)
     with transaction(db):
         owned = db.execute(
             """
             UPDATE jobs
-            SET state = :state, attempts = :attempts, run_at = :run_at, due = :due,
-                exit_code = :exit_code, last_error = :error, finished_at = :now, updated_at = :now
-            WHERE seq = :seq
-              AND state = 'processing' AND worker = :worker AND attempts = :attempt""",
-            new,
+            SET state = ?, attempts = ?, run_at = ?, due = ?,
+                exit_code = ?, last_error = ?, finished_at = ?, updated_at = ?
+            WHERE seq = ?
+              AND state = 'processing' AND worker = ? AND attempts = ?""",
+            (*new, run.seq, run.worker, run.attempt),
         ).rowcount
         if owned != 1:
             return None
         db.execute(
             """
             UPDATE runs
-            SET finished_at = :now, outcome = :outcome, exit_code = :exit_code, error = :error,
-                stdout = :stdout, stderr = :stderr,
-                stdout_bytes = :stdout_bytes, stderr_bytes = :stderr_bytes
-            WHERE id = :id AND finished_at IS NULL""",
-            new,
+            SET finished_at = ?, outcome = ?, exit_code = ?, error = ?,
+                stdout = ?, stderr = ?, stdout_bytes = ?, stderr_bytes = ?
+            WHERE id = ? AND finished_at IS NULL""",
+            (now, *result, run.id),
         )
         db.execute("UPDATE workers SET jobs_done = jobs_done + 1 WHERE id = ?", (run.worker[1:],))
         if state != "completed":  # and asked to be cancelled while it ran: it must not run again
             cancelled = db.execute(
                 """
                 UPDATE jobs SET state = 'cancelled', due = NULL, cancelling = 0
-                WHERE seq = :seq AND cancelling = 1""",
-                {"seq": run.seq},
+                WHERE seq = ? AND cancelling = 1""",
+                (run.seq,),
             ).rowcount
             state = "cancelled" if cancelled else state
     return state, run_at

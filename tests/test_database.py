@@ -164,7 +164,8 @@ def test_a_look_reads_the_head_of_an_index_and_never_scans_or_sorts(db):
     add(db, {}, dict(run_at=NOW + 1))
     plans = plan(db, lambda: take(db, now=NOW + 1))
     [look] = [steps for sql, steps in plans.items() if "ORDER BY priority" in sql]
-    assert look[0].endswith("INDEX jobs_due") and look[-1].endswith("INDEX jobs_later"), look
+    heads = [step.rpartition(" ")[2] for step in look if "SUBQUERY" not in step]
+    assert heads == ["jobs_due", "jobs_later", "jobs_due"], look
     for steps in plans.values():
         known = ("INDEX", "PRIMARY KEY", "SCALAR SUBQUERY")
         assert all(any(word in step for word in known) for step in steps), plans
