@@ -210,7 +210,7 @@ def check_jobs(
             row = check_job(entry, settings, cwd)
         except BadInput as error:
             raise BadInput(f"line {line}: {error}" if line else str(error)) from None
-        ignored.update(SET_BY_QUEUE & entry.keys())
+        ignored.update(SET_BY_QUEUE.intersection(entry))
         yield line, row
 
 
