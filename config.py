@@ -271,9 +271,8 @@ def check_time(name: str, value: Any) -> float:
             moment = moment.replace(tzinfo=timezone.utc)
         return check_time(name, moment.timestamp())
     except (ValueError, OverflowError):
-        raise BadInput(
-            f'"{name}" {value[:40]!a} is no date; write it like 2030-01-31T12:00:00Z'
-        ) from None
+        told = "is no date; write it like 2030-01-31T12:00:00Z"
+        raise BadInput(f'"{name}" {value[:40]!a} {told}') from None
 
 
 # What a user may say of one job, and what makes sure of it.

@@ -221,11 +221,10 @@ def locked(folder: int) -> bool:
     import fcntl
 
     for _ in range(100):
-        try:
+        with suppress(BlockingIOError):
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        except BlockingIOError:
-            time.sleep(0.01)
+        time.sleep(0.01)
     return False
 
 
@@ -329,13 +328,11 @@ def safe_open(path: str, flags: int) -> int:
 
 
 def open_bell(path: str, flags: int) -> int | None:
-    try:
+    with suppress(OSError):  # nobody listens, or no FIFOs here
         bell = safe_open(os.path.join(run_directory(path), "bell"), flags | os.O_NONBLOCK)
-    except OSError:
-        return None  # nobody listens, or no FIFOs here
-    if stat.S_ISFIFO(os.fstat(bell).st_mode):
-        return bell
-    os.close(bell)  # something else was planted there
+        if stat.S_ISFIFO(os.fstat(bell).st_mode):
+            return bell
+        os.close(bell)  # something else was planted there
     return None
 
 
@@ -478,9 +475,8 @@ def claim(
 
 def note_exit(db: Connection, run: Run, exit_code: int) -> None:
     """Note that a command has exited, while what it left behind is still being ended."""
-    db.execute(
-        "UPDATE runs SET exit_code = ? WHERE id = ? AND finished_at IS NULL", (exit_code, run.id)
-    )
+    note = "UPDATE runs SET exit_code = ? WHERE id = ? AND finished_at IS NULL"
+    db.execute(note, (exit_code, run.id))
 
 
 def held_by(db: Connection, worker: str) -> Run | None:
@@ -548,10 +544,9 @@ def finish(
 
 def backoff_s(attempts: int, backoff_base: float, max_backoff_s: float) -> float:
     """Return the seconds to wait after that many runs, before jitter (contract: Retry)."""
-    try:
+    with suppress(OverflowError):
         return min(max_backoff_s, float(backoff_base) ** attempts)
-    except OverflowError:
-        return max_backoff_s
+    return max_backoff_s
 
 
 # --- cancel, retry, prune --------------------------------------------------------------------
@@ -618,12 +613,10 @@ def prune(
     while seqs := [row["seq"] for row in db.execute(chosen, given)]:
         count, given["first"], given["last"] = len(seqs), seqs[0], seqs[-1]
         if not dry_run:
-            these = f"seq BETWEEN :first AND :last AND {old}"
+            these = f"FROM jobs WHERE seq BETWEEN :first AND :last AND {old}"
             with transaction(db):
-                db.execute(
-                    f"DELETE FROM runs WHERE job IN (SELECT seq FROM jobs WHERE {these})", given
-                )
-                count = db.execute(f"DELETE FROM jobs WHERE {these}", given).rowcount
+                db.execute(f"DELETE FROM runs WHERE job IN (SELECT seq {these})", given)
+                count = db.execute(f"DELETE {these}", given).rowcount
         yield count
 
 
@@ -849,9 +842,8 @@ def jobs_page(
         given["floor"] = (db.execute(edge, given).fetchone() or [0])[0]
         window += """
             AND (instr(lower(command), lower(:text)) OR instr(lower(id), lower(:text)))"""
-    seqs = [
-        row[0] for row in db.execute(f"SELECT seq FROM jobs WHERE {window} {order} :limit", given)
-    ]
+    found = db.execute(f"SELECT seq FROM jobs WHERE {window} {order} :limit", given)
+    seqs = [row[0] for row in found]
     rest = seqs[-1] if len(seqs) == limit else given["floor"] + 1 if given["floor"] else None
     if text:
         named = f"""

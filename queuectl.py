@@ -21,7 +21,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from functools import cached_property
 from typing import Any
 
@@ -114,7 +114,7 @@ def emit_jobs(rows: Iterable[Any]) -> None:
     click.echo("\n]" if separator != "[\n" else "[]")
 
 
-def table(head: list[str], rows: list[list[Any]]) -> None:
+def table(head: list[str], rows: Iterable[Iterable[Any]]) -> None:
     """Print columns; on a terminal the last one is cut to the width."""
     texts = [[clean(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *texts)]
@@ -140,7 +140,7 @@ def put(to: Any, text: str) -> None:
     """Write lines, but never let a reader hold up the work: the work matters more."""
     import select
 
-    try:
+    with suppress(OSError, ValueError):  # the terminal or the reader is gone
         # One that does not read on (Ctrl+S, a pager) holds us up once for a second, not more.
         if not select.select([], [to], [], 0 if to in STUCK else 1)[1]:
             STUCK.add(to)
@@ -148,8 +148,6 @@ def put(to: Any, text: str) -> None:
         STUCK.discard(to)
         to.write(text + "\n")
         to.flush()
-    except (OSError, ValueError):
-        pass  # the terminal or the reader is gone
 
 
 STUCK: set[Any] = set()
@@ -189,11 +187,8 @@ def duration(text: str) -> float:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 explain_option = click.option("--explain", is_flag=True, help="Show each SQL statement on stderr.")
-limit_option = click.option(
-    "--limit",
-    type=click.IntRange(0, 2**53),
-    help="At most so many; 0: all. Default 100, with --json all.",
-)
+limit_help = "At most so many; 0: all. Default 100, with --json all."
+limit_option = click.option("--limit", type=click.IntRange(0, 2**53), help=limit_help)
 
 
 # --- the commands ----------------------------------------------------------------------------
@@ -318,9 +313,7 @@ def worker() -> None:
 @click.option("--launcher-stop", metavar="LINE", help="Ends what one may leave.")
 @explain_option  # here too, for this is where one wants to see it
 @click.pass_obj
-def start(
-    place: Place, count: int, detach: bool, drain: bool, explain: bool, **lines: str | None
-) -> None:
+def start(place: Place, count: int, detach: bool, drain: bool, explain: bool, **lines: Any) -> None:
     """Run jobs. Ctrl+C finishes the running ones and leaves; twice, it puts them back.
 
     \b
@@ -357,8 +350,7 @@ def list_workers(place: Place, as_json: bool) -> None:
     now, rows = time.time(), place.hands.live_workers(place.db)
     if as_json:
         keys = "worker pid job command since heartbeat_at jobs_done started_at supervisor_pid host"
-        found = [database.as_object(row) for row in rows]
-        emit([{key: each[key] for key in keys.split()} for each in found])
+        emit([{key: each[key] for key in keys.split()} for each in map(database.as_object, rows)])
         return
     lines = []
     for row in rows:
@@ -398,12 +390,9 @@ def print_status(found: dict[str, Any]) -> None:
     if found["success_rate"] is None:
         click.echo("last hour: no run has ended")
         return
-    click.echo(
-        f"last hour: {found['jobs_per_minute']:g} jobs a minute,"
-        f" {found['success_rate']:.1%} of runs succeeded,"
-        f" median wait {duration_text(found['median_wait_s'])},"
-        f" median run {duration_text(found['median_run_s'])}"
-    )
+    wait, run = (duration_text(found[f"median_{name}_s"]) for name in ("wait", "run"))
+    rate = f"{found['jobs_per_minute']:g} jobs a minute, {found['success_rate']:.1%} of runs"
+    click.echo(f"last hour: {rate} succeeded, median wait {wait}, median run {run}")
 
 
 @cli.command("list")
@@ -650,8 +639,7 @@ def configure(place: Place, words: tuple[str, ...], as_json: bool) -> None:
         meanings = [config.SETTINGS[key].meaning for key in found]
         texts = [setting_text(value) for value in found.values()]
         texts = [text if len(text) < 40 else text[:37] + "..." for text in texts]
-        lines = [list(each) for each in zip(found, texts, meanings)]
-        table(["KEY", "VALUE", "MEANING"], lines)
+        table(["KEY", "VALUE", "MEANING"], zip(found, texts, meanings))
 
 
 @cli.command()

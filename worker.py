@@ -148,9 +148,8 @@ class Supervisor:
         # Workers read end of file here when the supervisor is gone, however it went.
         self.lifeline, self.lifeline_write = os.pipe()
         me = os.uname().nodename, boot_id(), self.pid, process_birth(self.pid) or ""
-        self.id = database.register_supervisor(
-            self.queue(), *me, time.time(), self.settings["lock_timeout_s"]
-        )
+        limit_s = self.settings["lock_timeout_s"]
+        self.id = database.register_supervisor(self.queue(), *me, time.time(), limit_s)
         told = f"{database.plural(self.count, 'worker')} on {self.path}; Ctrl+C stops"
         self.say("supervisor", self.pid, "started", told)
 
@@ -347,8 +346,7 @@ class Supervisor:
                 return "failed", f"worker lost: silent for {duration_text(silent)}", None
             return None  # its supervisor's to judge: it alone knows why it ended this worker
         if child.exitcode is not None if child else not is_alive(row):
-            killed = child is not None and child.exitcode < 0
-            cause = f": {signal_text(child.exitcode)}" if killed else ""
+            cause = f": {signal_text(child.exitcode)}" if child and child.exitcode < 0 else ""
             return "failed", f"worker lost{self.killed.pop(row['pid'], cause)}", None
         if max(row["stop"], self.stopping if mine else 0) > 1:
             return *NOT_COUNTED, None
@@ -806,11 +804,9 @@ def read_tail(handle: int, limit: int) -> tuple[bytes, int]:
 
 def file_tail(path: str, limit: int) -> tuple[bytes, int]:
     """Return the same of an output file that is not open here; nothing if it is gone."""
-    try:
-        with open(path, "rb", 0, opener=database.safe_open) as file:
-            return read_tail(file.fileno(), limit)
-    except OSError:
-        return b"", 0  # somebody removed the directory
+    with suppress(OSError), open(path, "rb", 0, opener=database.safe_open) as file:
+        return read_tail(file.fileno(), limit)
+    return b"", 0  # somebody removed the directory
 
 
 def runs_so_far(db: Any, path: str, seq: int, limit: int) -> list[dict[str, Any]]:
@@ -825,7 +821,7 @@ def runs_so_far(db: Any, path: str, seq: int, limit: int) -> list[dict[str, Any]
         runs[-1] |= {name: data, f"{name}_bytes": size}
     # Only what was read while the run was open is its own: the file serves the next one, too.
     held = database.held_by(db, runs[-1]["worker"])
-    still_open = held is not None and held.id == runs[-1]["id"]
+    still_open = held and held.id == runs[-1]["id"]
     return runs if still_open else [dict(run) for run in database.runs(db, seq)]
 
 
@@ -854,11 +850,9 @@ def boot_id() -> str:
 
     A process of another boot is dead, and a pid of another container is not ours to judge.
     """
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return ask("sysctl", "-n", "kern.bootsessionuuid")
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
+    return ask("sysctl", "-n", "kern.bootsessionuuid")
 
 
 def process_birth(pid: int) -> str | None:
@@ -974,9 +968,8 @@ def is_alive(row: Any, prefix: str = "") -> bool:
 def send(pid: int, number: int) -> bool:
     """Signal a process; say whether that is allowed. One that is gone already is fine."""
     try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
     except PermissionError:
         return False
     return True
