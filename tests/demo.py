@@ -189,7 +189,8 @@ class Stage:
 
     def typed(self, command: str) -> None:
         say()
-        say_cut(f"  $ {command}", "bold")
+        lines = textwrap.wrap(command, width() - 6, break_on_hyphens=False)
+        say("  $ " + "\n      ".join(lines), "bold")
 
     def write(self, name: str, text: str) -> None:
         """Write a file, and show it."""
@@ -428,7 +429,8 @@ def kill(on: Stage) -> None:
 
 def restart(on: Stage) -> None:
     """Everything is killed while three jobs run and three wait: the workers, and who started them.
-    Then the workers are started again."""
+    Then the workers are started again. The runs that live on are ended before their jobs come
+    back; the three that wait need not wait for that."""
     on.type("worker", "start", "--count", "3", "--detach")
     on.write("jobs.txt", "".join(f"sleep 0.8; echo {name} >>done # {name}\n" for name in "abcdef"))
     on.type("enqueue", "--file", "jobs.txt", "--lines")
@@ -465,7 +467,8 @@ def race(on: Stage) -> None:
             for n, line in enumerate(on.lines("explained"))
             if "SET state" in line and "was faster" in line
         ]
-    say(f"    (typed {database.plural(tries, 'time')}, until they collided)", "dim")
+    told = "until they collided; lines come as statements end"
+    say(f"    (typed {database.plural(tries, 'time')}, {told})", "dim")
     if lost:
         on.typed("grep claim explained")
         show_race(on.lines("explained"), lost[0], names)
@@ -564,7 +567,8 @@ def main() -> int:
     sys.stdout.reconfigure(errors="backslashreplace")
     chosen, began, bad, good = asked.names or [*SCENES], time.monotonic(), [], 0
     settings = ", ".join(f"{key} {value}" for key, value in SETTINGS.items())
-    say(f"A throw-away queue, real processes. Settings for the sake of speed: {settings}.")
+    told = f"A throw-away queue, real processes. Settings for the sake of speed: {settings}."
+    say("\n".join(textwrap.wrap(told, width())))
     for number, name in enumerate(chosen, 1):
         with tempfile.TemporaryDirectory(prefix="queuectl-demo-") as folder:
             on = play(number, name, folder)
