@@ -247,8 +247,9 @@ class Server(ThreadingTCPServer):  # no HTTPServer: that would ask the DNS for o
             raise QueueError(told) from None
         self.port, self.ip = self.server_address[1], ipaddress.ip_address(self.server_address[0])
         self.path, self.hands, self.watcher, self.meter = path, hands, Watcher(path, hands), Meter()
-        self.lock = threading.Lock()  # guards the next three
-        self.connections: dict[Any, float] = {}  # by age: until when it must have asked; has: inf
+        self.lock = threading.Lock()  # guards `connections`, `ending` and `ticket`
+        # The oldest first: until when it must have asked; inf: it has.
+        self.connections: dict[Any, float] = {}
         self.ending: set[int] = set()  # seqs of running jobs that are being cancelled
         self.await_cancelled = partial(hands.await_cancelled, path, settings, say)
         name = socket.gethostname() if self.ip.is_unspecified else host
@@ -484,7 +485,8 @@ class Handler(BaseHTTPRequestHandler):
             with suppress(QueueError, OSError, database.SQLiteError):
                 self.server.await_cancelled([seq])
         finally:
-            self.server.ending.discard(seq)
+            with self.server.lock:
+                self.server.ending.discard(seq)
 
     def named(self, db: Any) -> int:
         """Return the seq of the job that the body names, by its whole id."""
