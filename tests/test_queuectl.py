@@ -1091,7 +1091,8 @@ def test_the_statements_of_a_transaction_stand_between_its_brackets(queue: Queue
 def test_each_look_that_finds_something_else_is_shown(queue: Queue) -> None:
     queue.run("enqueue", "--file", "-", "--lines", stdin="true\n" * 4, check=0)
     shown = queue.run("--explain", "worker", "start", "--drain", check=0).stderr
-    assert len(re.findall(r" claim:\d+ .*SELECT seq, id, attempts", shown)) == 5, "one found nothing"
+    looks = re.findall(r" claim:\d+ .*SELECT seq, id, attempts", shown)
+    assert len(looks) == 5, "one found nothing"
 
 
 def test_two_workers_race_for_one_job_and_it_is_seen(queue: Queue) -> None:
