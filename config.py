@@ -172,7 +172,7 @@ def expand(template: str, **values: Any) -> str:
 
 
 def check_job(given: Any, settings: dict[str, Any], cwd: str) -> dict[str, Any]:
-    """Turn what a user wrote into the row that database.enqueue takes.
+    """Turn what a user wrote into the row that database.gather takes.
 
     `given` is parsed JSON; `settings` fill in what it leaves out: they are copied into the job
     here, so that a later `config set` never changes it. Raises BadInput, naming the field.

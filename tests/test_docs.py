@@ -100,8 +100,9 @@ def test_what_explain_shows_in_design_md_is_what_it_shows(queue):
     queue.run("enqueue", "--command", "echo hi", check=0)
     said = queue.run("worker", "start", "--drain", "--explain", check=0).stderr
     rest = iter([re.sub(r" +", " ", line) for line in said.splitlines()])
-    shown = re.findall(r"^    ((?:claim|finish|hand_in):.*(?:\n {20,}.*)*)", DESIGN, re.MULTILINE)
-    assert len(shown) == 11
+    names = "claim|finish|hand_in|next_due_at"
+    shown = re.findall(rf"^    ((?:{names}):.*(?:\n {{20,}}.*)*)", DESIGN, re.MULTILINE)
+    assert len(shown) == 12
     for line in shown:
         where, _, text = re.sub(r"\s+", " ", line).partition(" ")
         parts = [re.escape(part) for part in re.sub(r"\d+\.\d{3}", "#", text).split("...")]
