@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 DEFAULT_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "queue.db")
 BUSY_TIMEOUT_S = 60
-RECENT_RUNS = 10_000  # status looks at no more of them
+RECENT_RUNS = 10_000  # status, chart and metrics look at no more of them
 STATES = ("pending", "processing", "completed", "failed", "dead", "cancelled")
 SETTLED = ("completed", "dead", "cancelled")
 
@@ -431,7 +431,7 @@ def claim(
     design.md, "Which line stops a double claim?".
     """
     while True:
-        # Look, without a lock. Both looks cost the same however many wait or are done.
+        # Look, without a lock (but for hand_in's). It costs the same however many wait or are done.
         best = db.execute(
             """
             SELECT seq, id, attempts + 1, max_retries, backoff_base, command, cwd, run_at,
@@ -543,7 +543,7 @@ def finish(
 
 
 def backoff_s(attempts: int, backoff_base: float, max_backoff_s: float) -> float:
-    """Return the seconds to wait after that many runs, before jitter (contract: Retry)."""
+    """Return the seconds to wait after that many runs, before jitter."""
     with suppress(OverflowError):
         return min(max_backoff_s, float(backoff_base) ** attempts)
     return max_backoff_s
@@ -699,7 +699,7 @@ def remove_supervisor(db: Connection, supervisor: int) -> None:
 
 # --- reading ---------------------------------------------------------------------------------
 
-# A job as everybody sees it: the contract's fields in its order. Output is of the latest run.
+# A job as everybody sees it, its fields in this order. Output is of the latest run.
 JOB = """
     SELECT jobs.id, command, priority, run_at, max_retries, backoff_base, timeout_s, cwd, state,
            attempts, jobs.exit_code, last_error, stdout, stderr, jobs.worker, created_at,
@@ -1007,6 +1007,7 @@ class Explained(Connection):
         answer = Rows(answer.fetchall()) if answer.description else answer
         took = (time.perf_counter() - began) * 1000
         frame = caller
+        # The function that a reader knows: no comprehension, nor what `with transaction` calls.
         while re.match("<|transaction|__", frame.f_code.co_name):
             frame = frame.f_back
         function, text = frame.f_code.co_name, inlined(sql, values)

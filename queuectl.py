@@ -34,8 +34,8 @@ from database import duration_text, plural
 
 LIVE_BYTES = 2**20  # of a running job's output, read at one look
 COLOURS = {"completed": "green", "failed": "yellow", "dead": "red", "lost": "red", "trouble": "red"}
+LAYOUT = "\n\t"  # what may stay of UNSAFE in the output of a job
 # What a terminal would obey instead of showing: controls, and characters that turn text round.
-LAYOUT = "\n\t"  # what may stay of it in the output of a job
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\u061c\ud800-\udfff]")
 
 
@@ -210,7 +210,7 @@ def cli(place: Place, db: str, config: str, explain: bool) -> None:
 @cli.command()
 @click.pass_obj
 def init(place: Place) -> None:
-    """Make the queue. Not needed: every other command does, too."""
+    """Make the queue. Not needed: every command that needs it does, too."""
     place.db.close()
     click.echo(clean(f"queue ready: {place.path}"))
 

@@ -36,9 +36,9 @@ from database import QueueError, Result, Run, duration_text
 Settings = dict[str, Any]
 Say = Callable[[str, int, str, str], None]  # (who, pid, verb, the rest of the line)
 
-BUSY_TICK_S = 0.1  # how late a timeout or a cancel may be noticed
-IDLE_TICK_S = 0.5
-TURN_LIMIT_S = 1.0  # for one's turn to write
+BUSY_TICK_S = 0.1  # between two looks while a run is known: how late its timeout is noticed
+IDLE_TICK_S = 0.5  # and while none is
+TURN_LIMIT_S = 1.0  # the longest wait for one's turn to write
 STOP_LIMIT_S = 30.0  # for each try of a stop line
 STOP_PAUSE_S = 60.0  # the longest between two tries
 OUTPUT_BOUND = 16 * 2**20  # bytes on disk of an output file, beyond the end of it that is kept
@@ -74,7 +74,7 @@ class FarEnd:
 
     def __init__(self, run: Run, say: Callable[[str, str], None], leader: bool):
         self.run, self.say = run, say
-        self.leader = leader  # of a session of its own; a worker's goes with the worker's
+        self.leader = leader  # of a session of its own, each try; a worker's stays in the worker's
         self.child, self.tries, self.due = None, 0, 0.0
 
     def reached(self, mono: float) -> bool:
@@ -116,17 +116,19 @@ class Supervisor:
         self.silences: dict[int, tuple[float, float]] = {}  # supervisor: (heartbeat, silent for)
         self.stopped_at: dict[int, float] = {}  # pid: since when it was seen stopped
         self.killed: dict[int, str] = {}  # pid: why, of those that were stopped for too long
-        self.signals = self.asked = 0  # 1: finish the running jobs and leave; 2: put them back now
+        # 1: finish the running jobs and leave; 2: put them back now; 3: without grace.
+        self.signals = self.asked = 0
         self.fatal = ""  # why there is no point in going on
         self.trouble = ""  # what was said last of a database that cannot be used
         self.busy = False
-        self.looked_at = self.beat_at = self.spawn_at = 0.0
-        self.db, self.inode, self.seen = None, 0, None
+        self.looked_at = 0.0  # the last look; and not before: the next heartbeat, the next fork
+        self.beat_at = self.spawn_at = 0.0
+        self.db, self.inode, self.seen = None, 0, None  # seen: its data_version at the last look
 
     def run(self) -> None:
         """Work until told to stop or, draining, until nothing is left to do."""
         self.begin()
-        self.look()  # fence and reclaim what others left behind, before anything new is claimed
+        self.look()  # first what others left behind; who resists its end holds up its job alone
         while not (self.stopping and not self.children):
             self.keep_count()
             self.sleep()
@@ -517,7 +519,7 @@ class Desk:
         self.say = lambda verb, text: say(name, os.getpid(), verb, text)
         self.paths = output_paths(path, name)
         self.outputs = [new_output(output) for output in self.paths]
-        # For writing too: else it ends with each writer.
+        # For writing too: else, once its last writer has closed it, it reads as ended for ever.
         self.bell = database.open_bell(path, os.O_RDWR)
 
     def clear(self) -> None:
@@ -540,7 +542,7 @@ class Desk:
 def work(supervisor: Supervisor) -> None:
     """The life of one worker process: claim, run, record, until told to leave."""
     os.setsid()  # no terminal either: Ctrl+C reaches the supervisor alone
-    told: set[int] = set()  # SIGTERM alone means us; the others, ignored, would be so in jobs
+    told: set[int] = set()  # SIGTERM alone is for us; but ignored, the others would be so in jobs
     wake = await_signals(lambda number, _: told.add(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     adopt_orphans()
@@ -626,7 +628,7 @@ def run_one(desk: Desk, run: Run) -> Result:
     code, error = execute(desk, run)
     leftovers = has_children() and len(session_members(os.getpid())) > 1
     if leftovers or (code and run.stop_line):
-        with suppress(database.SQLiteError):  # what is still to be done is not in its time
+        with suppress(database.SQLiteError):  # from here on no timeout counts: `judge`
             database.note_exit(desk.db, run, code)
     if leftovers:
         end_leftovers(desk)
