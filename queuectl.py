@@ -22,7 +22,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, nullcontext, suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import click
@@ -32,7 +32,7 @@ import database
 from config import BadInput, check_setting
 from database import duration_text, plural
 
-LIVE_BYTES = 2**20  # of a running job's output, read at one look
+LIVE_BYTES = 2**20  # of a running job's output, read at one look; of our own, said at once
 COLOURS = {"completed": "green", "failed": "yellow", "dead": "red", "lost": "red", "trouble": "red"}
 LAYOUT = "\n\t"  # what may stay of UNSAFE in the output of a job
 # What a terminal would obey instead of showing: controls, and characters that turn text round.
@@ -141,16 +141,35 @@ def put(to: Any, text: str) -> None:
     import select
 
     with suppress(OSError, ValueError):  # the terminal or the reader is gone
-        # One that does not read on (Ctrl+S, a pager) holds us up once for a second, not more.
-        if not select.select([], [to], [], 0 if to in STUCK else 1)[1]:
-            STUCK.add(to)
-            return
-        STUCK.discard(to)
-        to.write(text + "\n")
-        to.flush()
+        (handle, most), rest = way_to(to.fileno()), f"{text}\n".encode(to.encoding, "replace")
+        while rest:
+            # One that does not read on (Ctrl+S, a pager) holds us up once for a second, not more.
+            if not select.select([], [handle], [], 0 if to in STUCK else 1)[1]:
+                STUCK.add(to)
+                return
+            STUCK.discard(to)
+            rest = rest[os.write(handle, rest[:most]) :]
 
 
 STUCK: set[Any] = set()
+
+
+@lru_cache
+def way_to(handle: int) -> tuple[int, int]:
+    """Return (a handle, how many bytes it takes at once without waiting if it is ready).
+
+    A terminal is ready as soon as it can take one byte. So it is opened anew, not to wait: the
+    handle that we have is others' too.
+    """
+    import select
+    import stat
+
+    if stat.S_ISFIFO(os.fstat(handle).st_mode):
+        return handle, select.PIPE_BUF
+    with suppress(OSError):  # no terminal, or none of ours
+        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        return os.open(os.ttyname(handle), flags), LIVE_BYTES
+    return handle, LIVE_BYTES
 
 
 def print_remark(*event: Any) -> None:

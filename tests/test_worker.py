@@ -865,19 +865,25 @@ def test_a_healthy_worker_whose_supervisor_was_killed_finishes_however_long_it_t
     assert queue.state("long") == "completed"
 
 
-def test_nobody_reads_what_the_workers_say_and_they_work_on(queue: Queue) -> None:
-    for number in range(60):
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_nobody_reads_what_the_workers_say_and_they_work_on(queue: Queue, kind: str) -> None:
+    """A terminal is ready when it has room for one byte, and a write of more would wait."""
+    for number in range(100):
         enqueue(queue, f"{number:03}" + "x" * 100, "true")
-    reader, writer = os.pipe()
-    fcntl.fcntl(writer, 1031, 4096)  # F_SETPIPE_SZ
+    reader, writer = os.pipe() if kind == "pipe" else os.openpty()
+    if kind == "pipe":
+        fcntl.fcntl(writer, 1031, 4096)  # F_SETPIPE_SZ
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "queuectl.py"), "worker", "start", "--drain"],
         stdout=writer, env=queue.environment,
     )  # fmt: skip
     os.close(writer)
-    assert process.wait(60) == 0
-    os.close(reader)
-    assert queue.states()["completed"] == 60
+    try:
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        os.close(reader)
+    assert queue.states()["completed"] == 100
 
 
 def test_worker_stop_waits_only_for_those_it_asked(queue: Queue) -> None:
