@@ -214,6 +214,8 @@ class Supervisor:
                 self.spawn_at = time.monotonic() + 1
             finally:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            if time.monotonic() > self.looked_at + IDLE_TICK_S:
+                self.look()  # hundreds of forks take long, and others listen for our heartbeat
 
     def queue(self) -> Any:
         """Return the connection, a new one if the file was replaced.
@@ -489,7 +491,8 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
         words = [sys.executable, program, *arguments]
         streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=file)
         process = subprocess.Popen(words, **streams, start_new_session=True)
-        deadline = time.monotonic() + 30
+        limit_s = 30 + count / 10
+        deadline = time.monotonic() + limit_s
         try:
             while process.poll() is None and time.monotonic() < deadline:
                 with closing(database.connect(path)) as db:
@@ -500,7 +503,7 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
             if process.returncode != 0:
                 file.seek(log_start)
                 said = file.read().decode(errors="replace").strip().removeprefix("Error: ")
-                said = said if process.returncode else "not ready after 30 s"
+                said = said if process.returncode else f"not ready after {duration_text(limit_s)}"
                 raise QueueError(f"the workers did not start: {said}; log {log}")
         except BaseException:  # Ctrl+C, too: then nothing is to be left in the background either
             process.terminate()

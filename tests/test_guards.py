@@ -40,6 +40,16 @@ def finish(*arguments):
     return found
 database.finish = finish"""
 
+SLOW_FORKS = """
+import time
+from multiprocessing.process import BaseProcess
+real = BaseProcess.start
+def start(self):
+    time.sleep(0.6)
+    real(self)
+BaseProcess.start = start
+sys.argv += ["--count", "6"]"""
+
 
 def start_patched(queue: Queue, patch: str) -> None:
     """`worker start` with a change worked in; the queue's last check ends it."""
@@ -103,6 +113,22 @@ db.execute("BEGIN IMMEDIATE"); print(flush=True); time.sleep(0.3); db.execute("C
 
 
 # --- the supervisor --------------------------------------------------------------------------
+
+
+def test_who_forks_for_long_is_heard_meanwhile(queue: Queue) -> None:
+    """Workers that are forked one after another take longer than their supervisor may be silent."""
+    queue.configure(poll_interval_ms=100, lock_timeout_s=2)
+    run = f"echo $QUEUECTL_JOB_ID >> ledger; until [ -e {queue.folder}/go ]; do sleep 0.02; done"
+    enqueue(queue, "a", run)
+    queue.start()
+    ledger = queue.folder / "ledger"
+    eventually(ledger.exists, "the watcher has its job")
+    enqueue(queue, "b", run)
+    start_patched(queue, SLOW_FORKS)
+    eventually(lambda: len(queue.workers()) == 7, "all are there", 60)
+    (queue.folder / "go").touch()
+    eventually(lambda: queue.states()["completed"] == 2, "both have ended")
+    assert ledger.read_text() == "a\nb\n", "one was taken for lost, and ran again"
 
 
 def test_a_session_is_emptied_of_every_process_group_in_it(queue: Queue) -> None:
