@@ -578,17 +578,15 @@ def retry_dead(db: Connection, seqs: list[int] | None, now: float) -> int:
 
     Returns how many; their history stays. All or none: raises QueueError if one is not dead.
     """
+    again = """
+        UPDATE jobs
+        SET state = 'pending', attempts = 0, due = 1, run_at = :now, updated_at = :now
+        WHERE state = 'dead'"""
     with transaction(db):
         if seqs is None:
-            seqs = [row["seq"] for row in db.execute("SELECT seq FROM jobs WHERE state = 'dead'")]
+            return db.execute(again, {"now": now}).rowcount
         for seq in seqs:
-            changed = db.execute(
-                """
-                UPDATE jobs
-                SET state = 'pending', attempts = 0, due = 1, run_at = :now, updated_at = :now
-                WHERE seq = :seq AND state = 'dead'""",
-                {"seq": seq, "now": now},
-            ).rowcount
+            changed = db.execute(f"{again} AND seq = :seq", {"seq": seq, "now": now}).rowcount
             if changed != 1:
                 found = job(db, seq)
                 raise QueueError(f'job "{found["id"]}" is {found["state"]}, not dead')
