@@ -158,8 +158,8 @@ STUCK: set[Any] = set()
 def way_to(handle: int) -> tuple[int, int]:
     """Return (a handle, how many bytes it takes at once without waiting if it is ready).
 
-    A terminal is ready as soon as it can take one byte. So it is opened anew, not to wait: the
-    handle that we have is others' too.
+    A terminal is ready as soon as it can take one byte. So it is opened anew, to write without
+    waiting: the handle that we were given is others' too, and has to stay as it is.
     """
     import select
     import stat
