@@ -60,9 +60,9 @@ SET_BY_QUEUE = frozenset(
 ID_LIMIT = 128
 
 # {id} in a launcher, but not what a shell reads: ${id}, {a,b}, { print; }, {{.ID}}.
-PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)\}")
+PLACEHOLDER = r"(?<!\$)\{(\w+)\}"
 # As a shell sees a line: escapes, comments, quotes.
-QUOTED = re.compile(r"""\\.|(?<!\S)\#[^\n]*|'[^']*'?|"(?:\\.|[^"\\])*"?""", re.S)
+QUOTED = r"""(?s)\\.|(?<!\S)\#[^\n]*|'[^']*'?|"(?:\\.|[^"\\])*"?"""
 PLACES = ("command", "id", "attempt", "cwd")
 
 
@@ -147,13 +147,13 @@ def setting_name(key: str) -> str:
 def check_setting(name: str, value: Any) -> float | str:
     if SETTINGS[name].kind is not str:
         return check_number(name, value)
-    found = PLACEHOLDER.findall(check_text(name, value))
+    found = re.findall(PLACEHOLDER, check_text(name, value))
     unknown = [word for word in found if word not in PLACES]
     if unknown:
         there_are = ", ".join(f"{{{word}}}" for word in PLACES)
         raise BadInput(f'"{name}" has {{{unknown[0]}}}; there are: {there_are}')
-    for text in QUOTED.findall(value):
-        if text[0] != "\\" and "$(" not in text and (place := PLACEHOLDER.search(text)):
+    for text in re.findall(QUOTED, value):
+        if text[0] != "\\" and "$(" not in text and (place := re.search(PLACEHOLDER, text)):
             told = "is in quotes or a comment: each value has its own; pass it on as an argument"
             raise BadInput(f"\"{name}\": {place[0]} {told} (sh -c '...' sh {place[0]})")
     if name == "launcher" and value and "command" not in found:
@@ -165,7 +165,7 @@ def expand(template: str, **values: Any) -> str:
     """Fill a launcher's placeholders in, each quoted: an id or a command may hold anything."""
     import shlex
 
-    return PLACEHOLDER.sub(lambda place: shlex.quote(str(values[place[1]])), template)
+    return re.sub(PLACEHOLDER, lambda place: shlex.quote(str(values[place[1]])), template)
 
 
 # --- one job ---------------------------------------------------------------------------------
