@@ -263,10 +263,12 @@ def check_time(name: str, value: Any) -> float:
             raise BadInput(f'"{name}" {value!s:.40} is no time in Unix seconds')
         return float(value)
     try:
-        # Python 3.10 knows neither the suffix Z nor +0100, and of a fraction 3 or 6 digits.
+        # Python 3.10 knows no Z, +01 or +0100, and of a fraction 3 or 6 digits.
         text = re.sub("[zZ]$", "+00:00", check_text(name, value).strip())
         text = re.sub(r"[.,](\d{1,6})\d*", lambda match: f".{match[1]:0<6}", text)
-        moment = datetime.fromisoformat(re.sub(r"([Tt ].*[+-]\d\d)(\d\d)$", r"\1:\2", text))
+        zone = r"([Tt ].*[+-]\d\d)(\d\d)?$"
+        text = re.sub(zone, lambda match: f"{match[1]}:{match[2] or '00'}", text)
+        moment = datetime.fromisoformat(text)
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=timezone.utc)
         return check_time(name, moment.timestamp())

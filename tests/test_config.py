@@ -286,7 +286,8 @@ def test_a_relative_directory_is_beside_the_caller_and_the_tilde_is_home(monkeyp
 
 FORMS_OF_NOON = """2030-01-31T12:00:00Z, 2030-01-31T12:00:00z, 2030-01-31T12:00:00.000Z,
     2030-01-31T12:00:00, 2030-01-31 12:00, 2030-01-31T14:30:00+02:30, 2030-01-31T00:00-12:00,
-    2030-01-31T21:00:00+0900, 2030-01-31 10:30:00-0130"""
+    2030-01-31T21:00:00+0900, 2030-01-31 10:30:00-0130, 2030-01-31 12:00:00+00,
+    2030-01-31T14:00+02"""
 
 
 def test_a_time_is_unix_seconds_or_iso_8601_and_utc_unless_it_says_otherwise(monkeypatch):
