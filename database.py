@@ -176,9 +176,10 @@ def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S)
     except OSError as error:
         if not isinstance(error, PermissionError):  # what is read-only can still be read
             raise QueueError(f"{path}: cannot be opened as a queue: {error.strerror}") from None
-    # Absolute, for to SQLite some names are no files (:memory:).
+    # Absolute, for to SQLite some names are no files (:memory:); and not os.path.abspath, which
+    # shortens link/.. by its letters: that may be another file than the one that was made.
     kind = {"factory": Explained} if show else {}
-    place = os.path.abspath(path)
+    place = os.path.realpath(path)
     db = sqlite3.connect(place, timeout=patience_s, isolation_level=None, **kind)
     try:
         db.row_factory = Row
@@ -308,7 +309,7 @@ def run_directory(path: str) -> str:
 
 def exposed(path: str) -> str:
     """Say where others could write the queue, or replace it, and what mends that; else ""."""
-    folder, parents = run_directory(path), {os.path.dirname(os.path.abspath(path))}
+    folder, parents = run_directory(path), {os.path.dirname(path) or "."}
     parents.add(os.path.dirname(folder))  # another one, if the path is a link
     for place in (path, folder, *sorted(parents)):
         with suppress(FileNotFoundError):  # not every queue has its run directory yet

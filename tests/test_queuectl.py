@@ -659,6 +659,9 @@ def test_a_path_goes_through_links_as_the_system_goes(queue: Queue) -> None:
     (queue.folder / "link").symlink_to("far/sub")
     found = queue.run("--config", "link/../config.json", "config", "get", "max_retries", check=0)
     assert found.stdout == "7\n"
+    queue.run("--db", "link/../q.db", "enqueue", "--command", "true", check=0)
+    assert queue.run("--db", "far/q.db", "list", "--json", check=0).stdout.count('"pending"') == 1
+    assert not (queue.folder / "q.db").exists()
 
 
 @pytest.mark.parametrize(
