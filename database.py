@@ -190,7 +190,7 @@ def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S)
             migrate(db, path)
     except BaseException as error:
         db.close()
-        if isinstance(error, sqlite3.Error):
+        if isinstance(error, (sqlite3.Error, UnicodeError)):  # of a message that quotes damage
             raise QueueError(error_text(error, path)) from None
         raise
     return db
@@ -287,6 +287,7 @@ def error_text(error: Exception, path: str) -> str:
     for sign, meaning in (
         ("not a database", "is not a queue: not a SQLite database; use another --db"),
         ("malformed", "is damaged; `doctor` tells more; restore it from a copy"),
+        ("codec", "is damaged: its schema is no text; restore it from a copy"),
         ("is full", "the disk is full: nothing was changed; make room and try again"),
         ("readonly", "it or its directory is read-only: nothing was changed; make both writable"),
         ("I/O", "cannot be read or written (disk I/O error); is the disk full, or broken?"),

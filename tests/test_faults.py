@@ -276,6 +276,14 @@ def test_bytes_are_flipped_and_no_row_is_lost_in_silence(whole: Any) -> None:
     assert all(noticed[f"5 bytes in {name}"] for name in roots), noticed
 
 
+def test_the_schema_has_a_byte_that_is_no_text(whole: Any) -> None:
+    """SQLite's message quotes it, and Python cannot read that."""
+    queue, good, _ = whole
+    bad = good.replace(b"tablejobsjobs", b"tablejob\xffjobs")
+    assert bad != good and assert_told(queue, bad, "the name of a table")
+    assert "is damaged: its schema is no text" in call(queue, "list")[2]
+
+
 @pytest.mark.parametrize("table", [*"jobs jobs_due jobs_state runs runs_job workers".split(), ""])
 def test_doctor_names_the_damage(whole: Any, table: str) -> None:
     """It says which table is hurt, and not "`doctor` tells more"."""
