@@ -238,8 +238,16 @@ def identity(db: Connection) -> tuple[int, int]:
 def migrate(db: Connection, path: str) -> None:
     """Bring a new or an older file to VERSION, all steps in one transaction."""
     tables = "SELECT 1 FROM sqlite_master"
-    if db.execute(tables).fetchone() is None:
-        db.execute("PRAGMA journal_mode = WAL")  # readers and the writer do not block each other
+    while db.execute(tables).fetchone() is None:
+        try:
+            # Readers and the writer do not block each other.
+            db.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError as error:
+            if "is locked" not in str(error):
+                raise
+            with transaction(db):  # somebody else makes it, and for that pragma SQLite never waits
+                pass
     with transaction(db):
         # Only what is read here, under the lock, counts: another process may have been faster.
         owner, version = identity(db)

@@ -560,6 +560,17 @@ def test_many_who_make_the_queue_at_once_all_get_the_same_one(tmp_path):
             assert database.counts(db)["pending"] == 8
 
 
+def test_who_makes_the_queue_waits_for_another_who_is_at_it(path):
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        release = threading.Timer(0.3, other.rollback)
+        release.start()
+        with closing(database.connect(path)) as db:
+            assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+            add(db, {})
+        release.join()
+
+
 def test_a_queue_in_place_of_a_removed_one_has_nothing_in_common_with_it(path):
     """`rm queue.db` leaves its -wal and its -shm, and perhaps workers who still have all three."""
     with closing(database.connect(path, durable=False)) as old:
