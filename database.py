@@ -368,27 +368,21 @@ def gather(db: Connection, jobs: Iterable[tuple[int, dict[str, Any]]]) -> None:
     So a slow producer never holds the queue's lock. Raises QueueError if an id is given twice; what
     reading the jobs raises passes through.
     """
-    row, last = itemgetter(*INPUT.split(", ")), ()
-
-    def rows() -> Iterator[tuple]:
-        nonlocal last
-        for line, job in jobs:
-            last = (line, *row(job))
-            yield last
-
+    row = itemgetter(*INPUT.split(", "))
     db.execute("PRAGMA cache_size = -40000")  # KiB, for the indexes of a million ids
     db.execute("DROP TABLE IF EXISTS temp.incoming")
     db.execute(f"CREATE TEMP TABLE incoming (number INTEGER PRIMARY KEY, line, {INPUT})")
-    db.execute("CREATE UNIQUE INDEX temp.given ON incoming (id) WHERE id IS NOT NULL")
     db.execute("BEGIN")  # of the temporary table alone: nobody waits for it
     try:
         marks = ", ".join("?" * (2 + INPUT.count(",")))
-        db.executemany(f"INSERT INTO incoming (line, {INPUT}) VALUES ({marks})", rows())
-    except sqlite3.IntegrityError:
-        raise QueueError(f'line {last[0]}: the id "{last[1]}" is used twice') from None
+        rows = ((line, *row(job)) for line, job in jobs)
+        db.executemany(f"INSERT INTO incoming (line, {INPUT}) VALUES ({marks})", rows)
     finally:
         if db.in_transaction:  # SQLite has rolled back by itself if there was no room
             db.execute("COMMIT")
+    twice = "WHERE id NOTNULL GROUP BY id HAVING count(*) > 1 ORDER BY 1"
+    for line, job_id in db.execute(f"SELECT max(line), id FROM incoming {twice}"):
+        raise QueueError(f'line {line}: the id "{job_id}" is used twice')
 
 
 def enqueue(db: Connection, now: float) -> tuple[int, int]:
@@ -406,10 +400,6 @@ def enqueue(db: Connection, now: float) -> tuple[int, int]:
         made_up = "printf('%08x', (:last + number) * 2654435761 & 4294967295)"
         last = db.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'jobs'").fetchone()[0]
         last, jump = last or 0, 0
-        clash = f"""
-            SELECT max(number) FROM incoming WHERE id IS NULL AND (
-                {made_up} IN (SELECT id FROM jobs) OR
-                {made_up} IN (SELECT id FROM incoming WHERE id IS NOT NULL))"""
         while True:
             try:
                 count = db.execute(
@@ -423,7 +413,7 @@ def enqueue(db: Connection, now: float) -> tuple[int, int]:
                 ).rowcount
                 return last + 1, last + count
             except sqlite3.IntegrityError:
-                jump = max(2 * jump, db.execute(clash, {"last": last}).fetchone()[0])
+                jump = 2 * jump or db.execute("SELECT count(*) FROM incoming").fetchone()[0]
                 last += jump
 
 
