@@ -421,14 +421,19 @@ def enqueue(db: Connection, now: float) -> tuple[int, int]:
 
 
 def claim(
-    db: Connection, worker: str, now: float, mono: float, launched: Callable = lambda run: run
+    db: Connection,
+    worker: str,
+    now: float,
+    clock: Callable[[], float],
+    launched: Callable = lambda run: run,
 ) -> tuple[Run | None, float | None]:
     """Give the best due job to `worker`: (its run, or None if none is due; when the next is due).
 
-    Best: highest priority, then earliest run_at, then earliest enqueued. `mono` is the monotonic
-    clock's time. `launched` gives the run its lines; they are stored before anything is started,
-    so that whoever finds the run lost can end it elsewhere. Why it holds between processes:
-    design.md, "Which line stops a double claim?".
+    Best: highest priority, then earliest run_at, then earliest enqueued. `clock` is the monotonic
+    one, for timeouts: it is read when the lock is had, for that may take long. `launched` gives the
+    run its lines; they are stored before anything is started, so that whoever finds the run lost
+    can end it elsewhere. Why it holds between processes: design.md, "Which line stops a double
+    claim?".
     """
     while True:
         # Look, without a lock (but for hand_in's). It costs the same however many wait or are done.
@@ -462,12 +467,13 @@ def claim(
                 (worker, now, now, run.seq, run.due_at, run.attempt),
             ).rowcount
             if taken == 1:
+                new = (run.seq, worker, run.attempt, run.due_at, now, clock())
                 opened = db.execute(
                     """
                     INSERT INTO runs (job, worker, attempt, due_at, started_at, started_mono,
                                       line, stop_line)
                     VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
-                    (run.seq, worker, run.attempt, run.due_at, now, mono, run.line, run.stop_line),
+                    (*new, run.line, run.stop_line),
                 )
                 return run._replace(id=opened.lastrowid), now if more else later
         # rowcount 0: another worker was faster; look again.

@@ -539,7 +539,7 @@ class Desk:
 
     def claim(self) -> tuple[Run | None, float | None]:
         dress = partial(launched, self.settings)
-        return database.claim(self.db, self.name, time.time(), time.monotonic(), dress)
+        return database.claim(self.db, self.name, time.time(), time.monotonic, dress)
 
 
 def work(supervisor: Supervisor) -> None:

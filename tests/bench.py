@@ -479,7 +479,7 @@ class Hand:
         self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def claim(self) -> None:
-        self.run, _ = database.claim(self.db, self.name, time.time(), time.monotonic())
+        self.run, _ = database.claim(self.db, self.name, time.time(), time.monotonic)
 
     def finish(self) -> None:
         done = database.Result("completed", 0)

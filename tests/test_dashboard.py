@@ -694,8 +694,8 @@ def test_a_run_that_began_long_before_the_first_look_is_counted_when_it_ends(
     db, now, meter = database.connect(queue.path), time.time(), dashboard.Meter()
     supervisor = database.register_supervisor(db, "elsewhere", "boot", 1, "birth", now, 30)
     slow, quick = (database.register_worker(db, supervisor, 1, "birth", now) for _ in range(2))
-    held, _ = database.claim(db, slow, now, 0)
-    while run := database.claim(db, quick, now, 0)[0]:
+    held, _ = database.claim(db, slow, now, time.monotonic)
+    while run := database.claim(db, quick, now, time.monotonic)[0]:
         database.finish(db, run, database.Result("completed"), now, 0, 0)
     meter.read(db)
     assert meter.ended == {"completed": 1}, "of the past only RECENT_RUNS"
@@ -1073,9 +1073,9 @@ def test_an_open_run_that_is_no_longer_listed_is_taken_from_the_page(queue):
 def test_a_long_run_is_listed_when_it_ends_however_many_were_run_beside_it(queue):
     add(queue, *[{"command": "true"}] * 61)
     db = database.connect(queue.path)
-    long, _ = database.claim(db, "w1", time.time(), 1.0)
+    long, _ = database.claim(db, "w1", time.time(), time.monotonic)
     for _ in range(60):
-        run, _ = database.claim(db, "w2", time.time(), 1.0)
+        run, _ = database.claim(db, "w2", time.time(), time.monotonic)
         database.finish(db, run, database.Result("completed", 0), 2.0, 0, 0)
     assert long.id in [row["id"] for row in database.lane_runs(db, 0, 10, [])]
     database.finish(db, long, database.Result("completed", 0), 3.0, 0, 0)

@@ -61,7 +61,7 @@ def add(db: sqlite3.Connection, *jobs: dict[str, Any], now: float = NOW) -> list
 
 
 def take(db: sqlite3.Connection, worker: str = "w1", now: float = NOW) -> Run | None:
-    return database.claim(db, worker, now, 0.0)[0]
+    return database.claim(db, worker, now, lambda: 0.0)[0]
 
 
 def end(db: sqlite3.Connection, run: Run, outcome: str = "failed", now: float = NOW) -> Any:
@@ -130,10 +130,10 @@ def test_jobs_are_claimed_by_priority_then_time_then_order_of_enqueue(jobs):
             ready = database.ready_jobs(db, NOW + later, -1)
             assert [database.find(db, row["id"]) for row in ready] == [seq for *_, seq in due]
             for left, (_, _, seq) in zip(reversed(range(len(due))), due):
-                run, next_at = database.claim(db, "w1", NOW + later, 0.0)
+                run, next_at = database.claim(db, "w1", NOW + later, lambda: 0.0)
                 assert (run.seq, next_at) == (seq, NOW + later if left else next_due(waiting))
                 assert end(db, run, "completed", NOW + later) == ("completed", run.due_at)
-            assert database.claim(db, "w1", NOW + later, 0.0) == (None, next_due(waiting))
+            assert database.claim(db, "w1", NOW + later, lambda: 0.0) == (None, next_due(waiting))
 
 
 def next_due(waiting):
@@ -745,6 +745,12 @@ def test_a_job_object_has_the_fields_of_the_contract_in_its_order(db):
     times = dict(run_at="2023-11-14T22:13:30.000Z", started_at="2023-11-14T22:13:20.000Z")
     assert found.items() >= (expected | times).items()
     assert database.as_object(database.job(db, *add(db, {})))["started_at"] is None
+
+
+def test_the_time_of_a_run_does_not_begin_before_its_worker_has_the_lock(db):
+    add(db, {})
+    database.claim(db, "w1", NOW, lambda: float(db.in_transaction))
+    assert db.execute("SELECT started_mono FROM runs").fetchone()[0] == 1.0
 
 
 def test_counts_have_every_state_in_order_and_the_queue_is_settled_when_all_jobs_are(db):

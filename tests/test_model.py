@@ -205,7 +205,7 @@ class Memory(RuleBasedStateMachine):
             self.jobs[seq] = Job(id, *copied, self.now, self.now)
 
     def take(self, db: Wire, worker: str, alone: bool = True) -> None:
-        run, next_at = database.claim(db, worker, self.now, self.now)
+        run, next_at = database.claim(db, worker, self.now, lambda: self.now)
         more = next_at is not None and next_at <= self.now
         ready = self.ready()
         if run is None:

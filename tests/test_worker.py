@@ -101,7 +101,7 @@ def claimed(
     boot = boot or worker.boot_id()
     supervisor = database.register_supervisor(db, host, boot, *whose, time.time(), 30)
     name = database.register_worker(db, supervisor, pid, birth, time.time())
-    run, _ = database.claim(db, name, time.time(), time.monotonic())
+    run, _ = database.claim(db, name, time.time(), time.monotonic)
     return db, run
 
 
