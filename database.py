@@ -765,9 +765,11 @@ def runs_after(db: Connection, last: int | None, others: Iterable[int] = ()) -> 
     """Return the runs whose number is above `last` (None: of the last RECENT_RUNS), and others."""
     return db.execute(
         f"""
-        SELECT id, outcome, due_at, started_at, finished_at FROM runs
-        WHERE id > coalesce(:last, (SELECT max(id) FROM runs) - {RECENT_RUNS})
-        OR id IN (SELECT value FROM json_each(:others))""",
+        SELECT runs.id, outcome, runs.started_at, runs.finished_at,
+               max(due_at, created_at) AS due_at  -- an old run_at may be pasted back
+        FROM runs JOIN jobs ON seq = job
+        WHERE runs.id > coalesce(:last, (SELECT max(id) FROM runs) - {RECENT_RUNS})
+        OR runs.id IN (SELECT value FROM json_each(:others))""",
         {"last": last, "others": json.dumps([*others])},
     )
 
@@ -864,8 +866,8 @@ def lane_runs(db: Connection, since: float, limit: int, also: list[int]) -> list
     return db.execute(
         """
         SELECT runs.id, jobs.id AS job, substr(command, 1, 200) AS command, attempt,
-               max_retries + 1 AS most, runs.worker, due_at, runs.started_at, runs.finished_at,
-               outcome, substr(error, 1, 200) AS error
+               max_retries + 1 AS most, runs.worker, max(due_at, created_at) AS due_at,
+               runs.started_at, runs.finished_at, outcome, substr(error, 1, 200) AS error
         FROM runs JOIN jobs ON seq = job
         WHERE runs.id IN (
             SELECT runs.id FROM jobs JOIN runs ON job = seq

@@ -768,6 +768,14 @@ def test_counts_have_every_state_in_order_and_the_queue_is_settled_when_all_jobs
     assert database.summary(db, NOW + 3601, 0)["success_rate"] is None
 
 
+def test_a_job_has_not_waited_since_before_it_was_there(db):
+    add(db, {"run_at": NOW - 1e6}, now=NOW)
+    end(db, take(db, now=NOW + 3), "completed", NOW + 4)
+    assert database.summary(db, NOW + 5, 0)["median_wait_s"] == 3
+    [run] = database.lane_runs(db, NOW, 10, [])
+    assert run["started_at"] - run["due_at"] == 3
+
+
 SENTENCES = [
     (dict(state="pending"), "pending, waits for a free worker"),
     (dict(state="pending", run_at=NOW + 125), "pending, due in 2 min 5 s"),
