@@ -374,8 +374,7 @@ class Supervisor:
         if birth:
             # The worker goes first, at once, lest it record what its dying job returns.
             send(row["pid"], signal.SIGKILL)
-        # Twice: a process that forks and exits behind the eye of one look is seen by the other.
-        left = session_members(row["pid"]) or session_members(row["pid"])
+        left = session_members(row["pid"])
         hard = mono >= ending.kill_at or self.stopping > 2
         others = [pid for pid in left if pid != row["pid"]]
         push(others, ending.asked, hard, partial(self.say, row["worker"], row["pid"]))
@@ -629,7 +628,7 @@ def run_one(desk: Desk, run: Run) -> Result:
     """Run one claimed job to its end, with all that it has started."""
     desk.say("started", f"{run.job} (run {run.attempt} of {run.max_retries + 1}): {run.command}")
     code, error = execute(desk, run)
-    leftovers = has_children() and len(session_members(os.getpid())) > 1
+    leftovers = has_children() and bool(session_members(os.getpid()))
     if leftovers or (code and run.stop_line):
         with suppress(database.SQLiteError):  # from here on no timeout counts: `judge`
             database.note_exit(desk.db, run, code)
@@ -702,7 +701,7 @@ def end_leftovers(desk: Desk) -> None:
     run beside the next run of its own job."""
     asked: set[int] = set()
     kill_at = time.monotonic() + desk.settings["kill_grace_s"]
-    while left := [pid for pid in session_members(os.getpid()) if pid != os.getpid()]:
+    while left := session_members(os.getpid()):
         push(left, asked, time.monotonic() >= kill_at, desk.say)
         time.sleep(0.01)
 
@@ -887,15 +886,20 @@ def is_stopped(pid: int) -> bool:
 
 
 def session_members(session: int) -> list[int]:
-    """Return the pids of a session's living processes."""
-    names = os.listdir("/proc") if sys.platform == "linux" else ask("ps", "-axo", "pid=").split()
-    members = []
-    for pid in [int(name) for name in names if name.isdigit()]:
-        try:
-            if os.getsid(pid) == session and process_status(pid):
-                members.append(pid)
-        except OSError:
-            pass  # it has just gone
+    """Return the pids of a session's living processes. Its leader, asking, leaves itself out."""
+    members: list[int] = []
+    for _ in range(2):  # a process that forks and exits behind one look is seen by the other
+        linux = sys.platform == "linux"
+        names = os.listdir("/proc") if linux else ask("ps", "-axo", "pid=").split()
+        for pid in [int(name) for name in names if name.isdigit()]:
+            try:
+                itself = pid == session == os.getpid()
+                if os.getsid(pid) == session and not itself and process_status(pid):
+                    members.append(pid)
+            except OSError:
+                pass  # it has just gone
+        if members:
+            break
     return members
 
 

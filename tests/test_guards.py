@@ -159,8 +159,25 @@ def test_a_session_is_emptied_of_every_process_group_in_it(queue: Queue) -> None
 
 
 def test_a_process_that_slips_by_one_look_is_seen_by_the_next(
-    queue: Queue, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The one that was listed has forked and gone, and what it has forked was not yet listed."""
+    child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        real, seen = os.listdir, [[]]
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "listdir", lambda path: seen.pop() if seen else real(path))
+            assert worker.session_members(child.pid) == [child.pid]
+    finally:
+        child.kill()
+        child.wait()
+    ask = "import os, worker; print(os.getpid() in worker.session_members(os.getsid(0)))"
+    words = ["sh", "-c", f"\"$0\" -c '{ask}'; :", sys.executable]  # one that is not the leader
+    asked = subprocess.run(words, cwd=ROOT, start_new_session=True, capture_output=True, text=True)
+    assert asked.stdout == "True\n", asked.stderr
+
+
+def test_who_was_silent_and_has_just_beaten_is_not_lost(queue: Queue) -> None:
     enqueue(queue, "a", "true")
     db, _ = claimed(queue, dead_pid())
     looks = settler(queue)[0]
