@@ -93,15 +93,15 @@ class Watcher:
 
     def follow(self, db: Any) -> None:
         """Publish a snapshot whenever something has changed, as long as it is the same file."""
-        file, seen, refresh_at, self.runs = os.stat(self.path).st_ino, None, 0.0, None
-        while self.viewers and not self.stopped.is_set() and os.stat(self.path).st_ino == file:
+        file, seen, refresh_at, self.runs = os.stat(self.path)[1:3], None, 0.0, None
+        while self.viewers and not self.stopped.is_set() and os.stat(self.path)[1:3] == file:
             began = time.monotonic()
             workers = self.hands.live_workers(db)  # one that is killed tells the file nothing
             found = database.data_version(db), [row["worker"] for row in workers]
             if found != seen or began >= refresh_at:
                 seen, refresh_at = found, began + REFRESH_S
                 self.look(db, workers, time.time())
-            self.stopped.wait(max(LOOK_S, SHARE * (time.monotonic() - began)))
+            self.stopped.wait(min(REFRESH_S, max(LOOK_S, SHARE * (time.monotonic() - began))))
 
     def look(self, db: Any, workers: list[Any], now: float) -> None:
         """Take a snapshot: all that the page shows, but for the list of jobs."""
@@ -247,10 +247,9 @@ class Server(ThreadingTCPServer):  # no HTTPServer: that would ask the DNS for o
             raise QueueError(told) from None
         self.port, self.ip = self.server_address[1], ipaddress.ip_address(self.server_address[0])
         self.path, self.hands, self.watcher, self.meter = path, hands, Watcher(path, hands), Meter()
-        self.lock = threading.Lock()  # guards `connections`, `ending` and `ticket`
+        self.lock = threading.Lock()  # guards `connections`, `ticket` and the threads that cancel
         # The oldest first: until when it must have asked; inf: it has.
         self.connections: dict[Any, float] = {}
-        self.ending: set[int] = set()  # seqs of running jobs that are being cancelled
         self.await_cancelled = partial(hands.await_cancelled, path, settings, say)
         name = socket.gethostname() if self.ip.is_unspecified else host
         self.host = (f"[{name}]" if ":" in name else name).lower() + f":{self.port}"
@@ -472,21 +471,17 @@ class Handler(BaseHTTPRequestHandler):
             seq = self.named(db)
             state = database.cancel(db, seq, time.time())
         if state == "processing":
-            with self.server.lock:  # one thread for each job, however often it is asked for
-                begun = seq in self.server.ending
-                self.server.ending.add(seq)
-            if not begun:
-                threading.Thread(target=self.end_cancelled, args=(seq,), daemon=True).start()
+            name = f"cancel {seq}"  # one thread for each job, however often it is asked for
+            thread = threading.Thread(None, self.end_cancelled, name, args=(seq,), daemon=True)
+            with self.server.lock:
+                if name not in [each.name for each in threading.enumerate()]:
+                    thread.start()
         self.send_json({"state": state})
 
     def end_cancelled(self, seq: int) -> None:
         """Its supervisor ends it; if that is gone, this does."""
-        try:
-            with suppress(QueueError, OSError, database.SQLiteError):
-                self.server.await_cancelled([seq])
-        finally:
-            with self.server.lock:
-                self.server.ending.discard(seq)
+        with suppress(QueueError, OSError, database.SQLiteError):
+            self.server.await_cancelled([seq])
 
     def named(self, db: Any) -> int:
         """Return the seq of the job that the body names, by its whole id."""

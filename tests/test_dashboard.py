@@ -877,7 +877,7 @@ def test_retry_from_the_dlq_runs_the_job(window: Window, tab: Callable) -> None:
     page.click("#states button[data-state=dead]")
     page.click("button[aria-label='Retry b']")
     eventually(lambda: window.queue.state("b") == "completed")
-    eventually(lambda: page.locator("#jobs tbody tr").count() == 2)
+    eventually(lambda: page.text_content("#retry-all") == "Retry all 2")
     page.click("#retry-all")
     assert "Start all 2 dead jobs over?" in page.text_content("#question")
     page.click("#no")
@@ -1043,15 +1043,17 @@ def test_text_and_pages_are_the_servers_work(window: Window, tab: Callable) -> N
 
 @pytest.mark.parametrize("width", [360, 768, 1280])
 def test_nothing_is_wider_than_the_window(window: Window, tab: Callable, width: int) -> None:
-    long = "x" * 500
-    add(window.queue, {"id": "i" * 128, "command": f"echo {long}; echo {long} >&2; exit 1"})
-    window.queue.drain()
     page = tab()
     page.set_viewport_size({"width": width, "height": 700})
 
     def overflow() -> int:
         return page.evaluate("document.documentElement.scrollWidth - innerWidth")
 
+    assert overflow() <= 0  # nor when it is empty
+    long = "x" * 500
+    add(window.queue, {"id": "i" * 128, "command": f"echo {long}; echo {long} >&2; exit 1"})
+    window.queue.drain()
+    page.wait_for_selector("#jobs .link")
     assert overflow() <= 0
     page.click("#jobs .link")
     page.wait_for_selector("#job[open]")
@@ -1059,6 +1061,67 @@ def test_nothing_is_wider_than_the_window(window: Window, tab: Callable, width: 
     assert (
         page.evaluate("(d => d.scrollWidth - d.clientWidth)(document.querySelector('#job'))") <= 0
     )
+
+
+def test_a_server_that_hangs_is_not_called_live(window: Window, tab: Callable) -> None:
+    page = tab()
+    eventually(lambda: page.text_content("#link") == "live")
+    window.process.send_signal(signal.SIGSTOP)
+    try:
+        page.evaluate("heardAt -= 20000")  # as if it had been quiet for so long
+        eventually(lambda: page.text_content("#link") == "not live", "it is noticed")
+    finally:
+        window.process.send_signal(signal.SIGCONT)
+    eventually(lambda: page.text_content("#link") == "live", "it goes on")
+
+
+def test_one_slow_look_is_not_followed_by_a_long_silence(
+    server: dashboard.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests, wait = [], server.watcher.stopped.wait
+    monkeypatch.setattr(dashboard, "SHARE", 1e9)  # as if each look had taken very long
+    monkeypatch.setattr(
+        server.watcher.stopped, "wait", lambda span=None: rests.append(span) or wait(0.05)
+    )
+    stream = follow(server)
+    next(stream)
+    eventually(lambda: len(rests) > 2)
+    assert set(rests) == {dashboard.REFRESH_S}
+    stream.close()
+
+
+def test_an_opened_job_is_not_changed_or_closed_by_mistake(window: Window, tab: Callable) -> None:
+    add(window.queue, {"id": "a", "command": "echo " + "word " * 30})
+    page = tab()
+    page.click("#jobs .link")
+    page.wait_for_selector("#job[open]")
+    page.keyboard.press("Enter")  # once too often
+    eventually(lambda: not page.is_visible("#job"), "Close has the focus")
+    assert window.queue.state("a") == "pending"
+    page.click("#jobs .link")
+    page.wait_for_selector("#job[open]")
+    assert "a" in page.locator("#fields dd").all_text_contents(), "its whole id can be read"
+    box = page.locator("#command").bounding_box()
+    page.mouse.move(box["x"] + 9, box["y"] + 9)
+    page.mouse.down()
+    page.mouse.move(5, 5)  # text is marked, to beyond the edge
+    page.mouse.up()
+    assert page.is_visible("#job")
+    page.mouse.click(5, 5)
+    eventually(lambda: not page.is_visible("#job"), "a click outside closes it")
+
+
+def test_what_is_pressed_does_not_move_meanwhile(window: Window, tab: Callable) -> None:
+    add(window.queue, {"id": "a"})
+    page = tab()
+    page.hover("#jobs .link")
+    page.mouse.down()
+    with page.expect_response(lambda each: "/api/jobs" in each.url and '"b"' in each.text()):
+        add(window.queue, {"id": "b"})
+    page.evaluate("new Promise(requestAnimationFrame)")
+    page.mouse.up()
+    page.wait_for_selector("#job[open]")
+    assert page.text_content("#job-id") == "a"
 
 
 def test_an_open_run_that_is_no_longer_listed_is_taken_from_the_page(queue):
