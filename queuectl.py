@@ -34,7 +34,7 @@ import database
 from config import BadInput, check_setting
 from database import duration_text, plural
 
-LIVE_BYTES = 2**20  # of a running job's output, read at one look; of our own, said at once
+LIVE_BYTES = 2**20  # of a running job's output, read at one look
 COLOURS = {"completed": "green", "failed": "yellow", "dead": "red", "lost": "red", "trouble": "red"}
 LAYOUT = "\n\t"  # what may stay of UNSAFE in the output of a job
 # What a terminal would obey instead of showing: controls, and characters that turn text round.
@@ -145,35 +145,30 @@ def put(to: Any, text: str) -> None:
     import select
 
     with suppress(OSError, ValueError):  # the terminal or the reader is gone
-        (handle, most), rest = way_to(to.fileno()), f"{text}\n".encode(to.encoding, "replace")
+        handle, rest = way_to(to.fileno()), f"{text}\n".encode(to.encoding, "replace")
         while rest:
             # One that does not read on (Ctrl+S, a pager) holds us up once for a second, not more.
             if not select.select([], [handle], [], 0 if to in STUCK else 1)[1]:
                 STUCK.add(to)
                 return
             STUCK.discard(to)
-            rest = rest[os.write(handle, rest[:most]) :]
+            rest = rest[os.write(handle, rest[: select.PIPE_BUF]) :]  # a ready pipe takes so many
 
 
 STUCK: set[Any] = set()
 
 
 @lru_cache
-def way_to(handle: int) -> tuple[int, int]:
-    """Return (a handle, how many bytes it takes at once without waiting if it is ready).
+def way_to(handle: int) -> int:
+    """Return a handle on which to write does not wait if it is ready.
 
     A terminal is ready as soon as it can take one byte. So it is opened anew, to write without
     waiting: the handle that we were given is others' too, and has to stay as it is.
     """
-    import select
-    import stat
-
-    if stat.S_ISFIFO(os.fstat(handle).st_mode):
-        return handle, select.PIPE_BUF
     with suppress(OSError):  # no terminal, or none of ours
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        return os.open(os.ttyname(handle), flags), LIVE_BYTES
-    return handle, LIVE_BYTES
+        return os.open(os.ttyname(handle), flags)
+    return handle
 
 
 def print_remark(*event: Any) -> None:
@@ -746,7 +741,7 @@ def dashboard(place: Place, port: int, host: str, opening: bool) -> None:
 
     place.db.close()  # made if need be; the window opens its own
     server = Server(place.path, host, port, place.hands, place.settings, print_remark)
-    wake = place.hands.await_signals(lambda *_: None)
+    wake, _ = place.hands.await_signals()
     server.start()
     click.echo(f"dashboard on {server.address}")
     click.echo("Ctrl+C ends it", err=True)

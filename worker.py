@@ -116,14 +116,14 @@ class Supervisor:
         self.silences: dict[int, tuple[float, float]] = {}  # supervisor: (heartbeat, silent for)
         self.stopped_at: dict[int, float] = {}  # pid: since when it was seen stopped
         self.killed: dict[int, str] = {}  # pid: why, of those that were stopped for too long
-        # 1: finish the running jobs and leave; 2: put them back now; 3: without grace.
-        self.signals = self.asked = 0
+        # A signal, or 1: finish the running jobs and leave; 2: put them back now; 3: without grace.
+        self.signals, self.asked = [], 0
         self.fatal = ""  # why there is no point in going on
         self.trouble = ""  # what was said last of a database that cannot be used
         self.busy = False
         self.looked_at = 0.0  # the last look; and not before: the next heartbeat, the next fork
         self.beat_at = self.spawn_at = 0.0
-        self.db, self.inode, self.seen = None, 0, None  # seen: its data_version at the last look
+        self.db, self.file, self.seen = None, None, None  # seen: its data_version at the last look
 
     def run(self) -> None:
         """Work until told to stop or, draining, until nothing is left to do."""
@@ -146,7 +146,7 @@ class Supervisor:
             needed = f"{self.count} workers need {2 * self.count + 32} open files"
             raise QueueError(f"{needed}, the limit is {files}; raise it with ulimit -n")
         self.try_stop_line()
-        self.wake = await_signals(self.on_signal)
+        self.wake, self.signals = await_signals()
         # Workers read end of file here when the supervisor is gone, however it went.
         self.lifeline, self.lifeline_write = os.pipe()
         me = os.uname().nodename, boot_id(), self.pid, process_birth(self.pid) or ""
@@ -169,12 +169,9 @@ class Supervisor:
             if far.child and far.child.poll() is None:  # Ctrl+C
                 send(-far.child.pid, signal.SIGKILL)
 
-    def on_signal(self, *_: object) -> None:
-        self.signals += 1
-
     @property
     def stopping(self) -> int:
-        return max(self.signals, self.asked)
+        return max(len(self.signals), self.asked)
 
     def sleep(self) -> None:
         # Those of the dead that are being settled stay ready: waiting on them would be spinning.
@@ -191,7 +188,7 @@ class Supervisor:
 
     def keep_count(self) -> None:
         """Fork workers in place of those that are gone or, stopping, tell them all to leave."""
-        from multiprocessing import get_context
+        from multiprocessing import active_children, get_context
 
         if self.stopping:
             for pid, child in self.children.items():
@@ -205,11 +202,17 @@ class Supervisor:
             # 2.6); a signal between it and the worker's own handlers would be lost: hold it back.
             self.close()
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            pipes: list[int] = []
             try:
+                active_children()  # closes those of the dead, whose numbers would come first
+                pipes = next_handles(4)
                 child = get_context("fork").Process(target=work, args=(self,), daemon=True)
                 child.start()
                 self.children[child.pid] = child
             except OSError as error:  # no more processes, no more memory
+                for handle in pipes:  # multiprocessing leaves them open if it cannot fork
+                    with suppress(OSError):
+                        os.close(handle)
                 self.say("supervisor", self.pid, "trouble", f"no new worker: {error.strerror}")
                 self.spawn_at = time.monotonic() + 1
             finally:
@@ -218,23 +221,24 @@ class Supervisor:
                 self.look()  # hundreds of forks take long, and others listen for our heartbeat
 
     def queue(self) -> Any:
-        """Return the connection, a new one if the file was replaced.
+        """Return the connection.
 
-        Raises QueueError if it is gone: connecting would make a new queue.
+        Raises QueueError if the file is gone, for connecting would make a new one, or is another:
+        there the names of our workers and the numbers of our runs are somebody else's.
         """
-        try:
-            inode = os.stat(self.path).st_ino
-        except FileNotFoundError:
-            self.asked = max(self.asked, 1)
-            raise QueueError(f"{self.path} is gone: leaving") from None
-        if inode != self.inode:
-            self.close()
+        file = None
+        with suppress(FileNotFoundError):
+            file = os.stat(self.path)[1:3]  # inode and device
+        if file is None or self.file not in (None, file):
+            what = "is gone" if file is None else "was replaced"
+            self.asked, self.fatal = max(self.asked, 1), f"{self.path} {what}: leaving"
+            raise QueueError(self.fatal)
         if self.db is None:
             patience_s = database.BUSY_TIMEOUT_S
             if self.count:  # for who has the lock may be a stopped worker, which we are to end
                 patience_s = min(patience_s, self.settings["lock_timeout_s"])
             self.db = database.connect(self.path, durable=False, patience_s=patience_s)
-            self.inode = inode
+            self.file = file
         return self.db
 
     def close(self) -> None:
@@ -256,9 +260,12 @@ class Supervisor:
                 self.say("supervisor", self.pid, "trouble", text)
             if database.is_damage(error):
                 self.asked, self.fatal = max(self.asked, 1), text
-            self.end_stopped([], time.monotonic())  # one of ours may be why
+            hopeless = self.fatal or self.stopping > 1  # it cannot be recorded, but can be ended
+            ending = {each.worker["pid"] for each in self.endings.values()}
             for pid in list(self.children) if self.stopping else []:
-                if self.stopping > 1:  # nothing can be recorded, but it can be ended
+                if pid in ending and not hopeless:
+                    continue  # it has its grace, and meanwhile there may be room again
+                if pid in ending or self.stopping > 1:
                     push(session_members(pid), set(), hard=True)
                 self.reap(pid)  # what it held waits in the database for the next supervisor
             time.sleep(IDLE_TICK_S)
@@ -285,23 +292,7 @@ class Supervisor:
         self.seen = database.data_version(db)
         workers = database.workers(db)
         self.end_stopped(workers, mono)
-        if mono >= self.beat_at:
-            # Without an id it changes no row, but waits for the lock: as long as somebody else
-            # holds it nobody can beat, and `listen` must not take that for silence.
-            database.beat(db, self.id, now)
-            self.beat_at = mono + min(10.0, self.settings["lock_timeout_s"] / 4)
-            workers = database.workers(db)  # it may have waited long
-        supervisors = [row for row in database.supervisors(db) if is_here(row)]
         workers = [row for row in workers if is_here(row)]
-        me = (self.id, self.pid)
-        own = [row["stop"] for row in supervisors if (row["id"], row["pid"]) == me]
-        self.asked = max([self.asked, *own, self.drain and database.settled(db)])
-        if self.id and not own:
-            self.id = 0  # for in a queue that replaces ours another may have this number
-            if not self.asked:
-                self.say("supervisor", self.pid, "stopping", "the queue was replaced or cleared")
-            self.asked = max(self.asked, 1)
-        self.listen(supervisors, mono)
         self.busy = False
         for row in workers:
             mine = row["supervisor"] == self.id
@@ -312,15 +303,34 @@ class Supervisor:
                 self.endings[row["worker"]] = Ending(row, *reason, kill_at=kill_at)
             elif mine and row["run"]:
                 bound_output(self.path, row["worker"], int(self.settings["output_limit_bytes"]))
-        for ending in list(self.endings.values()):
+        over = []
+        for ending in self.endings.values():
             if self.emptied(ending, mono) and self.ended_afar(db, ending, mono):
-                self.settle(db, ending)
+                over.append(ending)
             elif ending.far and ending.far.tries and self.stopping > 2:
                 self.reap(ending.worker["pid"])  # leave it, as it is, to the next supervisor
         for pid in self.children.keys() - {row["pid"] for row in workers}:
             if self.stopping > 1 and self.children[pid].exitcode is None:
                 send(pid, signal.SIGKILL)
             self.reap(pid)  # ended before it could register: it holds nothing
+        # So far it has only read, for on a full disk, too, a run must not exceed its time.
+        if mono >= self.beat_at:
+            # Without an id it changes no row, but waits for the lock: as long as somebody else
+            # holds it nobody can beat, and `listen` must not take that for silence.
+            database.beat(db, self.id, now)
+            self.beat_at = mono + min(10.0, self.settings["lock_timeout_s"] / 4)
+        supervisors = [row for row in database.supervisors(db) if is_here(row)]
+        me = (self.id, self.pid)
+        own = [row["stop"] for row in supervisors if (row["id"], row["pid"]) == me]
+        self.asked = max([self.asked, *own, self.drain and database.settled(db)])
+        if self.id and not own:
+            self.id = 0  # for in a queue that replaces ours another may have this number
+            if not self.asked:
+                self.say("supervisor", self.pid, "stopping", "the queue was replaced or cleared")
+            self.asked = max(self.asked, 1)
+        self.listen(supervisors, mono)
+        for ending in over:
+            self.settle(db, ending)
         for row in supervisors:
             silent = self.silences[row["id"]][1] > row["lock_timeout_s"]
             copied = silent and works_elsewhere(row["pid"], self.path)
@@ -345,8 +355,8 @@ class Supervisor:
         others = not mine and is_alive(row, "supervisor_")
         # What another container of this machine does, only its supervisor's heartbeat tells.
         if others or is_hidden(row):
-            silent = self.silences.get(row["supervisor"], (None, 0.0))[1]
-            if silent > row["lock_timeout_s"]:
+            heartbeat, silent = self.silences.get(row["supervisor"], (None, 0.0))
+            if heartbeat == row["heartbeat_at"] and silent > row["lock_timeout_s"]:
                 return "failed", f"worker lost: silent for {duration_text(silent)}", None
             return None  # its supervisor's to judge: it alone knows why it ended this worker
         if child.exitcode is not None if child else not is_alive(row):
@@ -414,7 +424,7 @@ class Supervisor:
             verb = "stopped" if ending.outcome == "stopped" else "lost"
             self.say(name, row["pid"], verb, ending.error)
         for output in output_paths(self.path, name):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # somebody removed the directory
                 os.unlink(output)
         database.remove_worker(db, name)  # last: as long as the row is there, somebody cleans up
         del self.endings[name]
@@ -519,20 +529,16 @@ class Desk:
     def __init__(self, db: Any, path: str, name: str, settings: Settings, say: Say):
         self.db, self.path, self.name, self.settings = db, path, name, settings
         self.say = lambda verb, text: say(name, os.getpid(), verb, text)
-        self.paths = output_paths(path, name)
-        self.outputs = [new_output(output) for output in self.paths]
+        self.outputs = [new_output(output) for output in output_paths(path, name)]
+        self.flooded = False  # the supervisor may be cutting a file: it must not hit the next run
         # For writing too: else, once its last writer has closed it, it reads as ended for ever.
         self.bell = database.open_bell(path, os.O_RDWR)
 
     def clear(self) -> None:
         """Empty the output files for the next run."""
-        for number, handle in enumerate(self.outputs):
+        for handle in self.outputs:
             size = os.fstat(handle).st_size
-            if size > OUTPUT_BOUND:  # the supervisor may be cutting it: let that hit the old file
-                with suppress(OSError):  # the directory is gone: then the old one serves on
-                    self.outputs[number] = new_output(self.paths[number])
-                    os.close(handle)
-                    continue
+            self.flooded |= size > OUTPUT_BOUND
             if size:
                 os.ftruncate(handle, 0)
 
@@ -544,15 +550,15 @@ class Desk:
 def work(supervisor: Supervisor) -> None:
     """The life of one worker process: claim, run, record, until told to leave."""
     os.setsid()  # no terminal either: Ctrl+C reaches the supervisor alone
-    told: set[int] = set()  # SIGTERM alone is for us; but ignored, the others would be so in jobs
-    wake = await_signals(lambda number, _: told.add(number))
+    # SIGTERM alone is for us; but ignored, the others would be so in jobs.
+    wake, told = await_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     adopt_orphans()
     os.close(supervisor.lifeline_write)
     desk = take_a_desk(supervisor)
 
     def wanted() -> bool:
-        return signal.SIGTERM not in told and os.getppid() == supervisor.pid
+        return not desk.flooded and signal.SIGTERM not in told and os.getppid() == supervisor.pid
 
     run = None
     while run or wanted():
@@ -1006,19 +1012,31 @@ def signal_text(code: int) -> str:
     return f"killed by {names.get(-code, f'signal {-code}')}"
 
 
-def await_signals(handler: Callable[..., object]) -> int:
-    """Handle SIGNALS; return what can be read once one has come.
+def await_signals() -> tuple[int, list[int]]:
+    """Handle SIGNALS; return what can be read once one has come, and the list of all that come.
 
-    Handlers only set flags; the byte that the interpreter writes into this pipe ends a sleep.
+    The handler only notes them; the byte that the interpreter writes into this pipe ends a sleep.
     """
-    ends = os.pipe()
+    ends, come = os.pipe(), []
     for end in ends:
         os.set_blocking(end, False)
     signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, handler)
-    return ends[0]
+            signal.signal(number, lambda number, _: come.append(number))
+    return ends[0], come
+
+
+def next_handles(count: int) -> list[int]:
+    """Return the numbers that the next files to be opened will have."""
+    handles: list[int] = []
+    try:
+        while len(handles) < count:
+            handles.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for handle in handles:
+            os.close(handle)
+    return handles
 
 
 def readable(handles: Iterable[int], span_s: float) -> list[int]:

@@ -162,6 +162,35 @@ def test_a_result_that_waits_for_room_does_not_time_out(small: Queue) -> None:
     assert runs(small, "a") == [("completed", None)] and ledger(small) == ["run"]
 
 
+def test_the_disk_is_full_and_a_run_does_not_exceed_its_time(small: Queue) -> None:
+    small.configure(**QUICK, lock_timeout_s=2)  # a heartbeat each half second
+    filled = Path(small.path).with_name("fill")
+    command = f"cat /dev/zero > {filled} 2> /dev/null; exec sleep 600"
+    enqueue(small, "a", command, timeout=2, max_retries=0)
+    log = small.start().log
+    eventually(lambda: "the disk is full" in log.read_text(), "no heartbeat can be written")
+    [leader] = small.sessions
+    eventually(lambda: not worker.session_members(leader), "it has been ended")
+    filled.unlink()
+    reaches(small, "a", "dead")
+    assert small.job("a")["last_error"] == "timed out after 2.0 s"
+
+
+def test_the_disk_is_full_and_who_is_asked_to_leave_waits_for_a_run_that_makes_room(
+    small: Queue,
+) -> None:
+    small.configure(**QUICK | dict(lock_timeout_s=2, kill_grace_s=600))
+    filled = Path(small.path).with_name("fill")
+    clean_up = f"trap 'sleep 1; rm {filled}; exit 0' TERM"
+    command = f"{clean_up}; cat /dev/zero > {filled} 2> /dev/null; while :; do sleep 0.05; done"
+    enqueue(small, "a", command, timeout=2, max_retries=0)
+    process = small.start()
+    eventually(lambda: "the disk is full" in process.log.read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=DEADLINE_S) == 0
+    assert small.job("a")["last_error"] == "timed out after 2.0 s" and not filled.exists()
+
+
 def test_a_job_fills_the_disk_with_its_output_and_is_recorded(small: Queue) -> None:
     small.configure(**QUICK)
     enqueue(small, "a", "head -c 5M /dev/zero", max_retries=0)
@@ -363,16 +392,17 @@ def test_a_job_prints_two_gigabytes(queue: Queue) -> None:
     enqueue(queue, "a", f"head -c {total} /dev/zero | tr '\\0' x; echo the end")
     supervisor = queue.start()
     row = queue.workers()[0]
-    output, steady = Path(queue.path + ".run", f"{row['worker']}.out"), []
+    output, steady, peak = Path(queue.path + ".run", f"{row['worker']}.out"), [], 0
     while queue.state("a") in ("pending", "processing"):
         with contextlib.suppress(FileNotFoundError):
+            peak = peak_bytes(row["pid"])  # it leaves after this run
             status = output.stat()
             # The supervisor has cut by then; before, up to a tick of output is there.
             if status.st_size > total // 2:
                 steady.append(status.st_blocks * 512)
         time.sleep(0.01)
     assert steady and max(steady) < 512 * 2**20, max(steady, default=0)
-    peaks = peak_bytes(supervisor.pid), peak_bytes(row["pid"])
+    peaks = peak_bytes(supervisor.pid), peak
     assert max(peaks) < 60 * 2**20, peaks
     limit = 8192
     kept = "x" * (limit - 8) + "the end\n"

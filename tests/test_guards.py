@@ -179,17 +179,17 @@ def test_a_process_that_slips_by_one_look_is_seen_by_the_next(
 
 def test_who_was_silent_and_has_just_beaten_is_not_lost(queue: Queue) -> None:
     enqueue(queue, "a", "true")
-    db, _ = claimed(queue, dead_pid())
-    looks = settler(queue)[0]
-    ending = worker.Ending(database.workers(db)[0], "failed", "timed out", None, kill_at=1e9)
+    other = subprocess.Popen(["sleep", "300"], start_new_session=True)
+    db, _ = claimed(queue, other.pid, worker.process_birth(other.pid))
+    [row], looks = database.workers(db), settler(queue)[0]
     db.close()
-    seen = [[], [dead_pid()], [], []]  # it has forked and gone while the first look went by
-    with monkeypatch.context() as patched:
-        patched.setattr(worker, "session_members", lambda _: seen.pop(0))
-        assert not looks.emptied(ending, 0)
-        assert looks.emptied(ending, 0)
-    looks.look()
-    assert queue.state("a") == "failed"
+    looks.silences = {row["supervisor"]: (row["heartbeat_at"] - 8, 1e9)}
+    found = [looks.judge(row, False, 0)]
+    looks.silences = {row["supervisor"]: (row["heartbeat_at"], 1e9)}
+    found.append(looks.judge(row, False, 0)[0])
+    other.kill()
+    other.wait()
+    assert found == [None, "failed"]
 
 
 def test_two_supervisors_hear_each_other_and_neither_takes_the_others_jobs(queue: Queue) -> None:
@@ -218,8 +218,8 @@ def test_a_silent_supervisor_is_lost_and_a_machine_that_slept_makes_nobody_silen
     try:
         db, _ = claimed(queue, bystander.pid, worker.process_birth(bystander.pid))
         looks = settler(queue)[0]
-        looks.tick(db, time.time(), 1)
-        looks.tick(db, time.time(), 1e6)
+        for mono in (1, 1e6, 1e6 + 0.1):
+            looks.tick(db, time.time(), mono)
         assert (looks.endings, bystander.poll()) == ({}, None)
         for second in range(1, 40):
             looks.tick(db, time.time(), 1e6 + second)
@@ -332,6 +332,22 @@ def take_turns(path):
 worker.take_turns = take_turns"""
     start_patched(queue, patch)
     eventually(lambda: queue.states()["completed"], "it has run", 30)
+
+
+def test_no_more_processes_can_be_had_for_a_while_and_no_file_stays_open(queue: Queue) -> None:
+    patch = """
+real = os.fork
+def fork():
+    with open("open", "a") as file:
+        print(len(os.listdir("/dev/fd")), file=file)
+        if file.tell() < 8:
+            raise OSError(11, "not now")
+    return real()
+os.fork = fork"""
+    enqueue(queue, "a", "true")
+    start_patched(queue, patch)
+    eventually(lambda: queue.states()["completed"], "it has run")
+    assert len(set((queue.folder / "open").read_text().split())) == 1
 
 
 def test_somebody_keeps_the_turn_to_write_and_nobody_waits_for_long(queue: Queue) -> None:

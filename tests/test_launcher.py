@@ -271,7 +271,7 @@ def test_the_lines_are_stored_with_the_claim_before_anything_is_started(far):
     run, _ = desk.claim()
     assert database.held_by(db, "w1") == run
     assert run.stop_line == config.expand(far.stop, command="true", id="a", attempt=1, cwd=run.cwd)
-    for path in desk.paths:
+    for path in worker.output_paths(far.path, "w1"):
         os.unlink(path)
     db.close()
 

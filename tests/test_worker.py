@@ -257,6 +257,7 @@ def test_a_job_floods_its_output_and_the_disk_is_not_filled(queue: Queue) -> Non
     assert queue.job("a")["stdout"].startswith(f"[... {200_000_008 - 8192} bytes cut ...]\n\0")
     assert queue.job("a")["stdout"].endswith("\0the end\n")
     assert queue.job("b")["stdout"] == "mine\n"
+    assert queue.job("b")["worker"] == "w2", "whose files the supervisor cannot be cutting"
     assert supervisor.poll() is None
 
 
@@ -926,11 +927,61 @@ def test_who_slept_while_the_queue_was_replaced_leaves_the_new_ones_workers_alon
     enqueue(queue, "a", UNTIL_GO)
     begun(queue)
     os.kill(old.pid, signal.SIGCONT)
-    assert old.wait(timeout=DEADLINE_S) == 0
+    assert old.wait(timeout=DEADLINE_S) == 1
+    assert "queue.db was replaced: leaving" in old.log.read_text()
     assert new.poll() is None
     go(queue)
     reaches(queue, "a", "completed")
     assert runs(queue, "a") == [("completed", None)]
+
+
+def test_a_backup_takes_the_queues_place_and_its_workers_do_not_work_on_for_the_old_file(
+    queue: Queue,
+) -> None:
+    """Their rows are in it, too: all would look as if they were there."""
+    process = queue.start()
+    with closing(sqlite3.connect(queue.path)) as db:
+        db.execute("VACUUM INTO ?", (queue.path + ".new",))
+    os.chmod(queue.path + ".new", 0o600)
+    for end in ("-wal", "-shm"):
+        os.unlink(queue.path + end)
+    os.replace(queue.path + ".new", queue.path)
+    assert process.wait(timeout=DEADLINE_S) == 1
+    assert "queue.db was replaced: leaving" in process.log.read_text()
+    enqueue(queue, "a", "true")
+    queue.drain()
+    assert queue.state("a") == "completed"
+
+
+def test_the_queue_is_removed_while_a_run_is_being_ended_and_nothing_of_it_stays(
+    queue: Queue,
+) -> None:
+    queue.configure(kill_grace_s=600)
+    enqueue(queue, "a", "trap 'echo asked >> ledger' TERM; while :; do sleep 0.05; done", timeout=1)
+    process = queue.start()
+    [session] = queue.sessions
+    begun(queue)
+    (queue.folder / "queue.db").unlink()
+    assert process.wait(timeout=DEADLINE_S) == 1
+    assert "queue.db is gone: leaving" in process.log.read_text()
+    assert worker.session_members(session) == []
+
+
+def test_something_lies_where_the_run_directory_was_and_lost_runs_are_settled(
+    queue: Queue,
+) -> None:
+    queue.configure(max_retries=0)
+    for id in ("a", "b"):
+        enqueue(queue, id, UNTIL_GO)
+    queue.start(count=2)
+    begun(queue, 2)
+    shutil.rmtree(queue.path + ".run")
+    Path(queue.path + ".run").touch()
+    for row in queue.workers():
+        os.kill(row["pid"], signal.SIGKILL)
+    for id in ("a", "b"):
+        reaches(queue, id, "dead")
+    os.unlink(queue.path + ".run")
 
 
 def test_ctrl_c_after_worker_stop_is_the_first_and_lets_the_job_finish(queue: Queue) -> None:
