@@ -240,8 +240,7 @@ def migrate(db: Connection, path: str) -> None:
     tables = "SELECT 1 FROM sqlite_master"
     while db.execute(tables).fetchone() is None:
         try:
-            # Readers and the writer do not block each other.
-            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA journal_mode = WAL")  # readers and a writer can work at once
             break
         except sqlite3.OperationalError as error:
             if "is locked" not in str(error):
