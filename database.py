@@ -474,7 +474,7 @@ def claim(
                     VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
                     (*new, run.line, run.stop_line),
                 )
-                return run._replace(id=opened.lastrowid), now if more else later
+                return Run(opened.lastrowid, *run[1:]), now if more else later
         # rowcount 0: another worker was faster; look again.
 
 

@@ -530,6 +530,7 @@ class Desk:
         self.db, self.path, self.name, self.settings = db, path, name, settings
         self.say = lambda verb, text: say(name, os.getpid(), verb, text)
         self.outputs = [new_output(output) for output in output_paths(path, name)]
+        self.nothing = os.open(os.devnull, os.O_RDWR)  # what every job reads
         self.flooded = False  # the supervisor may be cutting a file: it must not hit the next run
         # For writing too: else, once its last writer has closed it, it reads as ended for ever.
         self.bell = database.open_bell(path, os.O_RDWR)
@@ -694,7 +695,7 @@ def execute(desk: Desk, run: Run) -> tuple[int | None, str | None]:
     try:
         words, (out, err) = [b"/bin/sh", b"-c", (run.line or run.command).encode()], desk.outputs
         cwd = b"/" if elsewhere else run.cwd.encode()
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd)
+        done = subprocess.run(words, stdin=desk.nothing, stdout=out, stderr=err, cwd=cwd)
         return done.returncode, None
     except (OSError, ValueError) as problem:  # cwd gone, command too long, no more processes
         where = getattr(problem, "filename", None)
@@ -714,7 +715,8 @@ def end_leftovers(desk: Desk) -> None:
 
 def record(db: Any, run: Run, result: Result, settings: Settings) -> tuple[str, str]:
     """Store how a run ended, unless somebody else has; return what to say of it: verb and text."""
-    jitter = random.uniform(0, settings["backoff_jitter"] * run.backoff_base)
+    spread = settings["backoff_jitter"] * run.backoff_base
+    jitter = random.uniform(0, spread) if result.error else 0.0
     now = time.time()
     ended = database.finish(db, run, result, now, settings["max_backoff_s"], jitter)
     verb, run_at = ended or ("ignored", now)
