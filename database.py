@@ -847,9 +847,10 @@ def jobs_page(
         given["floor"] = (db.execute(edge, given).fetchone() or [0])[0]
         window += """
             AND (instr(lower(command), lower(:text)) OR instr(lower(id), lower(:text)))"""
-    found = db.execute(f"SELECT seq FROM jobs WHERE {window} {order} :limit", given)
+    found = db.execute(f"SELECT seq FROM jobs WHERE {window} {order} :limit + 1", given)
     seqs = [row[0] for row in found]
-    rest = seqs[-1] if len(seqs) == limit else given["floor"] + 1 if given["floor"] else None
+    rest = given["floor"] + 1 if given["floor"] else None
+    rest = seqs[limit - 1] if len(seqs) > limit else rest
     if text:
         named = f"""
             SELECT seq FROM jobs WHERE id >= :text AND id < :text || char(1114111) AND +{where}

@@ -373,6 +373,8 @@ def test_a_search_looks_through_a_bounded_part_and_says_where_to_go_on(
     assert pages("need", "dead") == [[]]
     for n in range(25):
         assert sum(map(len, pages(f"<{n}>"))) == 1, "no job falls between two pages"
+    add(queue, *({"id": f"more{n}"} for n in range(4)))
+    assert [len(page) for page in pages("")] == [5] * 6, "none is empty"
     db.close()
 
 
