@@ -1006,6 +1006,7 @@ def test_all_can_be_done_with_the_keyboard(window: Window, tab: Callable) -> Non
     page.keyboard.press("Enter")
     page.wait_for_selector("#job[open]")
     assert page.text_content("#job-id") == "b"
+    assert page.text_content("#caption").startswith("b run 1"), "it is still marked in the lanes"
     page.keyboard.press("Escape")
     eventually(lambda: not page.is_visible("#job"))
     tab_to("#states button[data-state=dead]")
@@ -1111,6 +1112,53 @@ def test_an_opened_job_is_not_changed_or_closed_by_mistake(window: Window, tab: 
     assert page.is_visible("#job")
     page.mouse.click(5, 5)
     eventually(lambda: not page.is_visible("#job"), "a click outside closes it")
+
+
+def test_what_is_said_can_be_seen_above_a_dialog_and_far_down_the_page(
+    window: Window, tab: Callable
+) -> None:
+    add(window.queue, *({"id": f"job{n}"} for n in range(50)))
+    page = tab()
+    page.click("#jobs .link")
+    page.wait_for_selector("#job[open]")
+    page.click("#job-do")
+    eventually(lambda: page.text_content("#said").endswith("cancelled"))
+    above = "document.querySelector('#said').matches(':popover-open')"  # shown later: on top
+    assert page.evaluate(above)
+    window.end()
+    eventually(lambda: page.text_content("#said").startswith("The connection is lost"))
+    assert page.evaluate(above), "for the notice is behind the dialog"
+    page.click("#job-close")
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    assert page.evaluate("scrollY") > 0 and page.locator("#broken").bounding_box()["y"] > 0
+
+
+def test_of_two_jobs_opened_the_one_is_shown_that_was_asked_for_last(
+    window: Window, tab: Callable
+) -> None:
+    add(window.queue, {"id": "a"}, {"id": "b"})
+    page, held = tab(), []
+    page.route("**/api/job?id=a", lambda route: held.append(route))
+    page.click("#jobs [data-id=a] .link")
+    eventually(lambda: held or page.wait_for_timeout(10))
+    page.click("#jobs [data-id=b] .link")
+    page.wait_for_selector("#job[open]")
+    with page.expect_response("**/api/job?id=a"):
+        held[0].continue_()
+    page.evaluate("new Promise(requestAnimationFrame)")
+    assert page.text_content("#job-id") == "b"
+    page.click("#job-close")
+    eventually(lambda: not page.is_visible("#job"))
+    held.clear()
+    page.click("#jobs [data-id=a] .link")
+    eventually(lambda: held or page.wait_for_timeout(10))
+    page.click("#jobs [data-id=b] .link")
+    page.wait_for_selector("#job[open]")
+    page.click("#job-close")
+    with page.expect_response("**/api/job?id=a"):
+        held[0].continue_()
+    page.evaluate("new Promise(requestAnimationFrame)")
+    assert not page.is_visible("#job"), "it was closed"
 
 
 def test_what_is_pressed_does_not_move_meanwhile(window: Window, tab: Callable) -> None:
