@@ -173,6 +173,17 @@ def test_nothing_else_lies_at_the_top() -> None:
     assert {name for name in names if not name.startswith(".")} <= AT_THE_TOP
 
 
+@pytest.mark.parametrize("every, code", [("1", 1), ("", 0)])
+def test_where_all_parts_are_installed_a_skip_is_a_failure(
+    tmp_path: Path, every: str, code: int
+) -> None:
+    (tmp_path / "test_it.py").write_text("import pytest\ndef test_it(): pytest.skip('why')\n")
+    words = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider"]
+    env = os.environ | {"QUEUECTL_TEST_ALL": every, "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, "why" in done.stdout) == (code, bool(code)), done.stdout
+
+
 @pytest.mark.parametrize(
     "path", sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]), ids=lambda path: path.name
 )
