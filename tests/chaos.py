@@ -90,7 +90,7 @@ class Chaos:
         self.kills: Counter[str] = Counter()
         self.deaths: list[tuple[float, str, int]] = []  # (when, job, its supervisor; 0: all died)
         self.absences: list[tuple[float, float, int]] = []  # (from, to, supervisor hit or stopped)
-        self.storm, self.runs = True, 0
+        self.storm, self.runs, self.hits = True, 0, 0
         self.failures: list[str] = []
 
     def __enter__(self) -> Chaos:
@@ -298,6 +298,8 @@ class Chaos:
         print(f"jobs              {len(jobs)} ({len(self.acknowledged)} acknowledged)")
         print(f"kills             {sum(self.kills.values())}: {kills}")
         self.runs = sum(map(len, runs.values()))
+        told = [str(row["error"]) for rows in runs.values() for row in rows]
+        self.hits = sum(error.startswith("worker lost") for error in told)
         print(f"runs              {self.runs}")
         print(f"overlaps          {len(overlaps)}")
         print(f"lost              {len(lost)}")

@@ -430,7 +430,11 @@ def sample(part: str, folder: Path, count: int, seed: int, width: int = 2) -> tu
     chosen = range(1 + random.Random(seed).randrange(step), total + 1, step)
     with ThreadPoolExecutor(width) as pool:
         found = list(pool.map(lambda at: (at, *attempt(part, at, folder)), chosen))
-    return total, [f"{part} {at} ({where}): {wrong}" for at, _, where, wrong, _ in found if wrong]
+    killed = sum(crashed for _, crashed, *_ in found)
+    wrong = [f"{part} {at} ({where}): {why}" for at, _, where, why, _ in found if why]
+    if 2 * killed < len(found):
+        wrong.append(f"{part}: killed at only {killed} of {len(found)} points")
+    return total, wrong
 
 
 def all_points(part: str, folder: Path, width: int) -> tuple[int, list[str]]:

@@ -155,8 +155,8 @@ def test_the_disk_is_full_and_a_result_waits_for_room(small: Queue) -> None:
 
 
 def test_a_result_that_waits_for_room_does_not_time_out(small: Queue) -> None:
-    filled = full_when_it_ends(small, timeout=1)
-    time.sleep(1.5)  # past its timeout; the command has long ended
+    filled = full_when_it_ends(small, timeout=3)
+    time.sleep(3.5)  # past its timeout; the command has long ended
     filled.unlink()
     reaches(small, "a", "completed")
     assert runs(small, "a") == [("completed", None)] and ledger(small) == ["run"]
@@ -471,7 +471,7 @@ def test_a_supervisor_alone_is_stopped_while_another_lives(queue: Queue) -> None
     assert ledger(queue) == sorted(ledger(queue)), "two runs of one job overlapped"
     (outcome, error), second = runs(queue, "a")
     assert (outcome, second) == ("failed", ("completed", None))
-    assert error.startswith("worker lost: silent for 2.")
+    assert error.startswith("worker lost: silent for ")
 
 
 def test_the_machine_restarts_and_strangers_have_the_pids(queue: Queue) -> None:
@@ -598,7 +598,7 @@ TRICKS = [
 
 def assert_nothing_obeyed(queue: Queue, text: str) -> None:
     assert not re.findall("[^\n\x20-\x7e\xa0-\u0500\u2000-\u200d\ufffd]", text), ascii(text)
-    assert not list(queue.folder.rglob("pwned"))
+    assert not list(queue.folder.rglob("pwned")) + list(queue.folder.parent.glob("pwned"))
 
 
 def test_names_that_are_also_code_are_only_names(queue: Queue) -> None:

@@ -1105,7 +1105,7 @@ def test_two_workers_race_for_one_job_and_it_is_seen(queue: Queue) -> None:
         queue.run("enqueue", "--file", "-", "--lines", stdin="true\ntrue\n", check=0)
         return "0 rows changed" in process.log.read_text()
 
-    eventually(lost, "one of them was faster")
+    eventually(lost, "one of them was faster", 120)
     [line, *_] = [each for each in process.log.read_text().splitlines() if "0 rows changed" in each]
     assert " claim:" in line and line.endswith("another worker was faster; look again")
 

@@ -312,8 +312,8 @@ def test_scenario_2_retries_with_backoff_then_the_dlq(
 
 def test_scenario_3_three_workers_share_five_jobs(terminals: tuple[Checkout, Callable]) -> None:
     second, open_first = terminals
-    lines = [  # sleep 4 in the seed; 2 is as good, and short
-        rf'''python3 queuectl.py enqueue "{{\"command\":\"sleep 2; echo 'job {number}'\"}}"'''
+    lines = [
+        rf'''python3 queuectl.py enqueue "{{\"command\":\"sleep 4; echo 'job {number}'\"}}"'''
         for number in range(1, 6)
     ]
     ids = [second.output(line).strip() for line in lines]

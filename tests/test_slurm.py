@@ -80,7 +80,7 @@ class Cluster:
 
     def ask(self, *words: str) -> str:
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True)
-        return done.stdout.strip()
+        return done.stdout.strip() if done.returncode == 0 else f"{words[0]}: {done.stderr}"
 
     @property
     def steps(self) -> str:
