@@ -186,8 +186,11 @@ def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S)
         db.text_factory = lambda data: data.decode(errors="replace")  # bytes may have been flipped
         db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages; each stops us for some 10 ms
+        db.execute("PRAGMA journal_size_limit = 33554432")  # of what a stalled reader made grow
         if identity(db) != (APPLICATION_ID, VERSION):
             migrate(db, path)
+        elif not durable:  # once for each worker: VACUUM INTO, for one, makes copies without it
+            use_wal(db)
     except BaseException as error:
         db.close()
         if isinstance(error, (sqlite3.Error, UnicodeError)):  # of a message that quotes damage
@@ -238,15 +241,8 @@ def identity(db: Connection) -> tuple[int, int]:
 def migrate(db: Connection, path: str) -> None:
     """Bring a new or an older file to VERSION, all steps in one transaction."""
     tables = "SELECT 1 FROM sqlite_master"
-    while db.execute(tables).fetchone() is None:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")  # readers and a writer can work at once
-            break
-        except sqlite3.OperationalError as error:
-            if "is locked" not in str(error):
-                raise
-            with transaction(db):  # somebody else makes it, and for that pragma SQLite never waits
-                pass
+    if db.execute(tables).fetchone() is None:
+        use_wal(db)
     with transaction(db):
         # Only what is read here, under the lock, counts: another process may have been faster.
         owner, version = identity(db)
@@ -263,6 +259,13 @@ def migrate(db: Connection, path: str) -> None:
         db.execute(f"PRAGMA user_version = {VERSION}")
 
 
+def use_wal(db: Connection) -> None:
+    """Let readers and a writer work at once. For this SQLite waits for nobody: of two who make the
+    queue at the same moment one is refused, as the other is at it; and so is who finds a reader."""
+    with suppress(sqlite3.OperationalError):
+        db.execute("PRAGMA journal_mode = WAL")
+
+
 @contextmanager
 def transaction(db: Connection) -> Iterator[None]:
     """One transaction; inside of another it is a part of that."""
@@ -276,9 +279,23 @@ def transaction(db: Connection) -> Iterator[None]:
             yield
             db.execute("COMMIT")
         except BaseException:
-            if db.in_transaction:  # SQLite has rolled back by itself after a full disk, say
+            if db.in_transaction:
                 db.execute("ROLLBACK")
+            else:  # SQLite has by itself: the disk is full, and of what was rolled back
+                with suppress(sqlite3.Error):
+                    empty_log(db)
             raise
+
+
+def empty_log(db: Connection) -> bool:
+    """Give the room that the -wal takes back to the disk; but if somebody is reading all the while,
+    not now: to wait for that keeps out all who write."""
+    patience = db.execute("PRAGMA busy_timeout").fetchone()[0]
+    db.execute("PRAGMA busy_timeout = 1000")
+    try:
+        return not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+    finally:
+        db.execute(f"PRAGMA busy_timeout = {patience}")
 
 
 def is_damage(error: Exception) -> bool:
@@ -623,10 +640,16 @@ def prune(
         yield count
 
 
-def vacuum(db: Connection) -> None:
-    """Give the room of what was removed back to the disk. Who writes meanwhile waits."""
-    db.execute("VACUUM")
-    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+def vacuum(db: Connection) -> bool:
+    """Give the room of what was removed back to the disk; False: as soon as nobody reads.
+
+    Who writes meanwhile waits.
+    """
+    try:
+        db.execute("VACUUM")
+    finally:
+        emptied = empty_log(db)
+    return emptied
 
 
 # --- supervisors and workers -----------------------------------------------------------------

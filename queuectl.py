@@ -675,9 +675,9 @@ def prune(place: Place, older_than: float, states: tuple, dry_run: bool, vacuum:
         if not dry_run:  # who is not in the workers' queue needs a moment with the lock free
             time.sleep(min(0.1, (time.monotonic() - began) / 2))
         began = time.monotonic()
-    if vacuum and not dry_run:
-        database.vacuum(place.db)
     click.echo(f"{plural(count, 'job')} {'would be ' if dry_run else ''}removed")
+    if vacuum and not dry_run and not database.vacuum(place.db):
+        click.echo("the file shrinks later: somebody is reading it", err=True)
 
 
 @cli.command()

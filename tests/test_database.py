@@ -566,9 +566,18 @@ def test_who_makes_the_queue_waits_for_another_who_is_at_it(path):
         release = threading.Timer(0.3, other.rollback)
         release.start()
         with closing(database.connect(path)) as db:
-            assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
             add(db, {})
         release.join()
+
+
+def test_a_copy_without_a_log_gets_one_from_the_first_worker(path):
+    with closing(database.connect(path)) as db:
+        db.execute("VACUUM INTO ?", (path + ".copy",))
+    modes = []
+    for durable in (True, False):
+        with closing(database.connect(path + ".copy", durable)) as db:
+            modes.append(db.execute("PRAGMA journal_mode").fetchone()[0])
+    assert modes == ["delete", "wal"]
 
 
 def test_a_queue_in_place_of_a_removed_one_has_nothing_in_common_with_it(path):

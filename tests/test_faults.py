@@ -154,6 +154,20 @@ def test_the_disk_is_full_and_a_result_waits_for_room(small: Queue) -> None:
     assert printed.startswith("[... 4 bytes cut ...]\n") and printed.endswith("\n123456789\nend\n")
 
 
+def test_what_does_not_fit_leaves_the_disk_as_it_was(small: Queue) -> None:
+    def free() -> int:
+        status = os.statvfs(Path(small.path).parent)
+        return status.f_bavail * status.f_frsize
+
+    enqueue(small, "a", "true")
+    small.start()
+    reaches(small, "a", "completed")
+    before = free()
+    done = small.run("enqueue", "--file", "-", "--lines", stdin=f"true {'x' * 100}\n" * 9000)
+    one_line(done)
+    assert "the disk is full" in done.stderr and free() >= before - 9 * PAGE
+
+
 def test_a_result_that_waits_for_room_does_not_time_out(small: Queue) -> None:
     filled = full_when_it_ends(small, timeout=3)
     time.sleep(3.5)  # past its timeout; the command has long ended

@@ -12,6 +12,7 @@ import select
 import shlex
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -651,6 +652,21 @@ def test_a_run_that_cannot_start_fails_and_the_worker_lives_on(queue: Queue) -> 
     ]
     assert found[0]["last_error"].startswith("cannot be started: Argument list too long")
     assert found[1]["last_error"] == f"cannot be started: No such file or directory: {gone}"
+
+
+def test_vacuum_gives_the_room_back_but_does_not_wait_for_who_reads(queue: Queue) -> None:
+    text = "true " + "x" * 1000 + "\n"
+    queue.run("enqueue", "--file", "-", "--lines", stdin=text * 2000, check=0)
+    ids = [job["id"] for job in queue.json("list")]
+    queue.run("cancel", *ids, check=0)
+    with closing(sqlite3.connect(queue.path)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM jobs").fetchall()
+        done = queue.run("prune", "--older-than", "0s", "--vacuum", check=0)
+        assert done.stdout == "2000 jobs removed\n" and "shrinks later" in done.stderr
+    done = queue.run("prune", "--older-than", "0s", "--vacuum", check=0)
+    assert (done.stdout, done.stderr) == ("0 jobs removed\n", "")
+    assert os.path.getsize(queue.path) < 200_000
 
 
 def test_a_path_goes_through_links_as_the_system_goes(queue: Queue) -> None:
