@@ -810,16 +810,17 @@ def summary(db: Connection, now: float, workers: int) -> dict[str, Any]:
     """Return the counts, and of the last hour: jobs a minute, success rate, median times."""
     import statistics
 
-    ended = [run for run in runs_after(db, None) if (run["finished_at"] or 0) > now - 3600]
-    # Of very many runs only the last are looked at; then the time that they took is the span.
-    span = 3600 if len(ended) < RECENT_RUNS else max(1, now - ended[0]["finished_at"])
+    recent = list(runs_after(db, None))
+    # Of very many runs only the last are looked at; their numbers tell how many there were.
+    begun = max([run["id"] for run in recent], default=0) - newest_run(db, now - 3600)
+    ended = [run for run in recent if (run["finished_at"] or 0) > now - 3600]
     ended = [run for run in ended if run["outcome"] in ("completed", "failed")]
     completed = sum(run["outcome"] == "completed" for run in ended)
     waits = [max(0, run["started_at"] - run["due_at"]) for run in ended]
     spans = [max(0, run["finished_at"] - run["started_at"]) for run in ended]
     return counts(db) | {
         "workers": workers,
-        "jobs_per_minute": round(completed * 60 / span, 2),
+        "jobs_per_minute": round(completed / 60 * max(1, begun / RECENT_RUNS), 2),
         "success_rate": round(completed / len(ended), 4) if ended else None,
         "median_wait_s": round(statistics.median(waits), 4) if ended else None,
         "median_run_s": round(statistics.median(spans), 4) if ended else None,
@@ -919,9 +920,16 @@ def runs_by_minute(db: Connection, since: float) -> list[tuple[int, int, int]]:
 
 
 def newest_run(db: Connection, began_by: float) -> int:
-    """Return the number of the newest run that had begun by then, or 0."""
-    newest = "SELECT id FROM runs WHERE started_at <= ? ORDER BY id DESC LIMIT 1"
-    return (db.execute(newest, (began_by,)).fetchone() or [0])[0]
+    """Return the number below or at which all runs had begun by then: they begin in order."""
+    low, high = 0, db.execute("SELECT max(id) FROM runs").fetchone()[0] or 0
+    while low < high:  # halve it: a walk through an hour of runs takes long
+        middle = (low + high + 1) // 2
+        begun = "SELECT started_at FROM runs WHERE id >= ? ORDER BY id LIMIT 1"
+        if db.execute(begun, (middle,)).fetchone()[0] <= began_by:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def oldest_ready_at(db: Connection, now: float) -> float | None:

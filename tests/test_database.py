@@ -777,6 +777,18 @@ def test_counts_have_every_state_in_order_and_the_queue_is_settled_when_all_jobs
     assert database.summary(db, NOW + 3601, 0)["success_rate"] is None
 
 
+def test_the_rate_counts_all_runs_of_the_hour_but_looks_at_the_last(db, monkeypatch):
+    monkeypatch.setattr(database, "RECENT_RUNS", 4)
+    add(db, *[{}] * 16)
+    for minute in range(16):
+        run = take(db, now=NOW + 60 * minute)
+        if minute < 15:  # the last one is under way
+            end(db, run, "completed", NOW + 60 * minute + 1)
+    assert database.summary(db, NOW + 920, 0)["jobs_per_minute"] == pytest.approx(0.2)  # 3/4 of 16
+    later = database.summary(db, NOW + 3600 + 9 * 60 + 30, 0)
+    assert later["jobs_per_minute"] == pytest.approx(3 / 60 * 6 / 4, abs=0.01)
+
+
 def test_a_job_has_not_waited_since_before_it_was_there(db):
     add(db, {"run_at": NOW - 1e6}, now=NOW)
     end(db, take(db, now=NOW + 3), "completed", NOW + 4)
