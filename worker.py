@@ -120,7 +120,7 @@ class Supervisor:
         self.signals, self.asked = [], 0
         self.fatal = ""  # why there is no point in going on
         self.trouble = ""  # what was said last of a database that cannot be used
-        self.busy = False
+        self.busy = self.told = False  # whether jobs of ours run; whether it was said that we leave
         self.looked_at = 0.0  # the last look; and not before: the next heartbeat, the next fork
         self.beat_at = self.spawn_at = 0.0
         self.db, self.file, self.seen = None, None, None  # seen: its data_version at the last look
@@ -191,6 +191,10 @@ class Supervisor:
         from multiprocessing import active_children, get_context
 
         if self.stopping:
+            if self.busy and not self.told:
+                self.told = True
+                text = "when the running jobs have ended; Ctrl+C again puts them back"
+                self.say("supervisor", self.pid, "leaving", text)
             for pid, child in self.children.items():
                 if child.exitcode is None:  # alive, or not reaped: this pid is still the child's
                     send(pid, signal.SIGTERM)

@@ -326,6 +326,7 @@ def test_ctrl_c_twice_puts_the_job_back_and_the_run_is_not_counted(queue: Queue)
     eventually(lambda: len(queue.workers()) == 1, "the idle worker has left")
     supervisor.send_signal(signal.SIGINT)
     assert supervisor.wait(timeout=DEADLINE_S) == 0
+    assert supervisor.log.read_text().count("leaving    when the running jobs have ended") == 1
     assert [worker.session_members(session) for session in queue.sessions] == [[], []]
     assert [outcome for outcome, _ in runs(queue, "a")] == ["failed", "stopped"]
     assert (queue.state("a"), queue.job("a")["attempts"]) == ("failed", 1)
