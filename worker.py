@@ -422,7 +422,8 @@ class Supervisor:
             (out, out_size), (err, err_size) = [file_tail(path, limit) for path in paths]
             exit_code = None if lost else -ending.last_signal
             result = Result(outcome, exit_code, error, out, err, out_size, err_size)
-            self.say(name, row["pid"], *record(db, run, result, self.settings))
+            told = record(db, run, result, self.settings, time.time())
+            self.say(name, row["pid"], *told)
             database.ring(self.path)  # it may be due again, and nobody who sleeps knows of it
         elif code:
             verb = "stopped" if ending.outcome == "stopped" else "lost"
@@ -664,11 +665,11 @@ def run_one(desk: Desk, run: Run) -> Result:
 def hand_in(desk: Desk, run: Run, result: Result, wanted: Callable[[], bool]) -> Run | None:
     """Record how a run ended and take the next one, if `wanted`, in one transaction: with two,
     workers would wait twice as often for each other."""
-    kept = False
+    kept, ended_at = False, time.time()  # not when it can be recorded: that may be much later
     while True:
         try:
             with database.transaction(desk.db):
-                told = record(desk.db, run, result, desk.settings)
+                told = record(desk.db, run, result, desk.settings, ended_at)
                 # Not sooner: if we are killed, these are all that is left of the run. Not later:
                 # who reads the files of an open run must never see the output of another.
                 desk.clear()
@@ -717,11 +718,10 @@ def end_leftovers(desk: Desk) -> None:
         time.sleep(0.01)
 
 
-def record(db: Any, run: Run, result: Result, settings: Settings) -> tuple[str, str]:
+def record(db: Any, run: Run, result: Result, settings: Settings, now: float) -> tuple[str, str]:
     """Store how a run ended, unless somebody else has; return what to say of it: verb and text."""
     spread = settings["backoff_jitter"] * run.backoff_base
     jitter = random.uniform(0, spread) if result.error else 0.0
-    now = time.time()
     ended = database.finish(db, run, result, now, settings["max_backoff_s"], jitter)
     verb, run_at = ended or ("ignored", now)
     took = f"{run.job} in {duration_text(now - run.started_at)}"

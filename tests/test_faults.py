@@ -145,10 +145,13 @@ def test_the_disk_is_full_and_a_result_waits_for_room(small: Queue) -> None:
     filled = full_when_it_ends(small)
     enqueuing = small.run("enqueue", "-", stdin=json.dumps({"command": "x" * 900_000}))
     one_line(enqueuing)
+    later = time.time()
     time.sleep(1)  # several attempts to record it
     assert small.state("a") == "processing"
     filled.unlink()
     reaches(small, "a", "completed")
+    with contextlib.closing(database.connect(small.path)) as db:
+        assert db.execute("SELECT finished_at FROM runs").fetchone()[0] < later
     assert runs(small, "a") == [("completed", None)] and ledger(small) == ["run"]
     printed = small.job("a")["stdout"]
     assert printed.startswith("[... 4 bytes cut ...]\n") and printed.endswith("\n123456789\nend\n")

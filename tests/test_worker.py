@@ -578,7 +578,7 @@ def test_a_worker_records_a_run_that_was_taken_from_it(queue: Queue) -> None:
     second = claimed(queue, gone.pid)
     second[0].close()
     done = database.Result("completed", 0)
-    assert worker.record(db, first, done, looks.settings)[0] == "ignored"
+    assert worker.record(db, first, done, looks.settings, 0)[0] == "ignored"
     db.close()
     assert told == ["failed"]
     assert (second[1].attempt, queue.state("a")) == (2, "processing")
