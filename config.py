@@ -258,7 +258,9 @@ def check_time(name: str, value: Any) -> float:
     """Return Unix seconds from Unix seconds or an ISO 8601 date; no offset means UTC."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{9,}([.][0-9]+)?", value):
         value = float(value)  # fewer digits are rather a date or a time of day: 20300131, 1830
-    if type(value) in (int, float):
+    if type(value) not in (int, float, str):
+        raise BadInput(f'"{name}" must be a date or Unix seconds, not {json_kind(value)}')
+    if type(value) is not str:
         if not 0 <= value <= LAST_TIME:
             raise BadInput(f'"{name}" {value!s:.40} is no time in Unix seconds')
         return float(value)
@@ -312,7 +314,8 @@ def parse_entries(lines: Iterator[str], commands: bool = False) -> Iterator[tupl
             try:
                 yield number, parse_json(text)
             except BadInput as error:
-                raise BadInput(f"line {number}: {error}") from None
+                told = str(error).replace(": line 1 column", ", column")
+                raise BadInput(f"line {number}: {told}") from None
 
 
 def parse_array(text: str, first_line: int) -> Iterator[tuple[int, Any]]:

@@ -36,6 +36,8 @@ from database import duration_text, plural
 
 LIVE_BYTES = 2**20  # of a running job's output, read at one look
 COLOURS = {"completed": "green", "failed": "yellow", "dead": "red", "lost": "red", "trouble": "red"}
+# https://no-color.org
+PLAIN = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
 LAYOUT = "\n\t"  # what may stay of UNSAFE in the output of a job
 # What a terminal would obey instead of showing: controls, and characters that turn text round.
 UNSAFE = "[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\u061c\ud800-\udfff]"
@@ -67,7 +69,8 @@ def main() -> int:
     one line here."""
     place = Place()
     try:
-        code = cli.main(obj=place, prog_name="queuectl.py", standalone_mode=False) or 0
+        how = dict(prog_name="queuectl.py", standalone_mode=False, color=False if PLAIN else None)
+        code = cli.main(obj=place, **how) or 0
         sys.stdout.flush()
     except click.ClickException as error:
         message, code = error.format_message(), error.exit_code
@@ -144,6 +147,7 @@ def put(to: Any, text: str) -> None:
     """Write lines, but never let a reader hold up the work: the work matters more."""
     import select
 
+    text = click.unstyle(text) if PLAIN else text
     with suppress(OSError, ValueError):  # the terminal or the reader is gone
         handle, rest = way_to(to.fileno()), f"{text}\n".encode(to.encoding, "replace")
         while rest:
@@ -267,7 +271,9 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
     if "delay" in given:
         given["run_at"] = time.time() + given.pop("delay")
     if file is not None:
-        entries = config.parse_entries(file_lines(file), commands=lines)
+        # Closed before an error is printed, for on a terminal it draws a bar.
+        read = click.get_current_context().with_resource(closing(file_lines(file)))
+        entries = config.parse_entries(read, commands=lines)
     elif job is not None:
         entries = [(0, parsed_job("".join(file_lines("-")) if job == "-" else job))]
     else:
@@ -347,7 +353,8 @@ def start(place: Place, count: int, detach: bool, drain: bool, explain: bool, **
         return
     words = [word for word in sys.argv[1:] if word != "--detach"]
     pid, log = place.hands.detach(words, place.path, count)
-    click.echo(f"{plural(count, 'worker')} in the background, supervisor pid {pid}, log {log}")
+    there = f"in the background, supervisor pid {pid}, log {clean(log)}"
+    click.echo(f"{plural(count, 'worker')} {there}")
 
 
 @worker.command()
@@ -743,17 +750,17 @@ def dashboard(place: Place, port: int, host: str, opening: bool) -> None:
     server = Server(place.path, host, port, place.hands, place.settings, print_remark)
     wake, _ = place.hands.await_signals()
     server.start()
-    click.echo(f"dashboard on {server.address}")
-    click.echo("Ctrl+C ends it", err=True)
-    if not server.ip.is_loopback:
-        told = "whoever sees this address can read all jobs and let them run again"
-        click.echo(f"Warning: {host} is reached from elsewhere: {told}", err=True)
-    if opening:
-        import webbrowser
+    with closing(server):
+        click.echo(f"dashboard on {server.address}")
+        click.echo("Ctrl+C ends it", err=True)
+        if not server.ip.is_loopback:
+            told = "whoever sees this address can read all jobs and let them run again"
+            click.echo(f"Warning: {host} is reached from elsewhere: {told}", err=True)
+        if opening:
+            import webbrowser
 
-        webbrowser.open(server.address.replace(server.token, server.ticket))
-    select.select([wake], [], [])
-    server.close()
+            webbrowser.open(server.address.replace(server.token, server.ticket))
+        select.select([wake], [], [])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ COMPILED = "PYTHONPYCACHEPREFIX"
 OURS = COMPILED not in os.environ
 if OURS:
     os.environ[COMPILED] = tempfile.mkdtemp(prefix="queuectl-compiled-")
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+for name in ("PYTHONDONTWRITEBYTECODE", "NO_COLOR", "TERM"):  # what is tested must not depend on
+    os.environ.pop(name, None)
 # A shell's background ignores it, and so would all that is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -195,6 +195,14 @@ def test_a_killed_dashboard_leaves_its_token_to_the_next_and_a_clean_end_none(
     assert window.open("--port", str(window.port)).token != before
 
 
+def test_a_dashboard_that_cannot_print_its_address_keeps_no_token(queue: Queue) -> None:
+    with open("/dev/full", "wb") as full:
+        words = [sys.executable, str(ROOT / "queuectl.py"), "dashboard", "--port", "0"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, env=queue.environment)
+    assert done.returncode == 1 and b"No space left" in done.stderr
+    assert not list(Path(queue.path + ".run").glob("*.token"))
+
+
 def test_a_queue_that_is_removed_is_said_to_be_gone_and_not_made_anew(window: Window) -> None:
     stream = follow(window)
     next(stream)

@@ -409,6 +409,7 @@ BAD_JOBS = [
     (with_command("cwd", '"/tmp\\u0000"'), '"cwd" contains a NUL'),
     (with_command("cwd", '"\\udfff"'), '"cwd" is not valid Unicode'),
     (with_command("cwd", "7"), '"cwd" must be text'),
+    (with_command("run_at", "true"), '"run_at" must be a date or Unix seconds, not true'),
     (with_command("id", '""'), '"id" is empty'),
     (with_command("id", '"' + "x" * 129 + '"'), "129 characters; at most 128"),
     (with_command("id", '"a\\u001bb"'), "cannot be printed"),
@@ -501,7 +502,7 @@ def test_a_wrong_call_is_refused(standing: Queue, code: int, said: str, line: st
 
 
 BAD_FILES = [
-    (2, "line 2: not JSON", [], '{"command": "a"}\n{"command": }\n'),
+    (2, "line 2: not JSON: Expecting value, column 13", [], '{"command": "a"}\n{"command": }\n'),
     (2, "line 3: a job is a JSON object, not a number", [], '[{"command": "a"},\n\n7]'),
     (2, 'line 2: not JSON: "," or "]" is missing', [], '[{"command": "a"}\n{"command": "b"}]'),
     (2, "something follows the array", [], '[{"command": "a"}] x'),
@@ -751,7 +752,7 @@ def test_a_printed_record_can_be_pasted_back(standing: Queue, tmp_path: Path) ->
 def on_terminal(queue: Queue, *words: str) -> tuple[int, str]:
     """Run a command on a terminal of its own; return (exit code, what appeared there)."""
     ours, theirs = pty.openpty()
-    environment = queue.environment | {"TERM": "xterm", "COLUMNS": "80"}
+    environment = {"TERM": "xterm", "COLUMNS": "80"} | queue.environment
     process = subprocess.Popen(
         [*QUEUECTL, *words],
         stdin=theirs,
@@ -845,8 +846,20 @@ def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(tmp_path: Path) -> No
     assert (piped.stdout, piped.stderr) == ("enqueued 20000 jobs\n", "")
     file.write_text("true\n" * 20_000 + "\0\n")
     code, shown = on_terminal(queue, *words)
-    assert code == 2 and 'Error: line 20001: "command" contains a NUL' in shown
+    assert code == 2 and '\r\nError: line 20001: "command" contains a NUL' in shown
     assert shown.rfind("\x1b[?25h") >= shown.rfind("\x1b[?25l"), "the cursor stays hidden"
+
+
+@pytest.mark.parametrize("name, value", [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_who_wants_no_colours_has_none(tmp_path: Path, name: str, value: str) -> None:
+    queue = Queue(tmp_path)
+    lines = (["worker", "start", "--drain"], ["doctor"], ["--explain", "list"])
+    for wanted in (True, False):
+        queue.run("enqueue", '{"command": "false", "max_retries": 0}', check=0)
+        shown = [on_terminal(queue, *words)[1] for words in lines]
+        assert ["\x1b[" in each for each in shown] == [wanted] * 3
+        queue.environment[name] = value
+    assert "  dead       " in shown[0]
 
 
 def test_wait_status_and_list_know_a_terminal(standing: Queue) -> None:
