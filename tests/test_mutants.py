@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from mutants import Mutant, changed, harmed, table
+from mutants import Mutant, changed, harmed, table, unharmed
 
 MUTANTS = table()
 QUICK = [each for each in MUTANTS if each.test.startswith(("test_database.py", "test_config.py"))]
@@ -39,5 +39,6 @@ def test_the_line_is_there_once_and_so_is_its_test(mutant):
 
 @pytest.mark.parametrize("mutant", SAMPLE, ids=name)
 def test_a_guard_is_missed_when_it_is_gone(mutant):
+    assert unharmed([mutant.test])[0] == 0, "then it would be caught by chance"
     verdict, said = harmed(mutant)
     assert verdict == "caught", said
