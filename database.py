@@ -873,8 +873,8 @@ def jobs_page(
             AND (instr(lower(command), lower(:text)) OR instr(lower(id), lower(:text)))"""
     found = db.execute(f"SELECT seq FROM jobs WHERE {window} {order} :limit + 1", given)
     seqs = [row[0] for row in found]
-    rest = given["floor"] + 1 if given["floor"] else None
-    rest = seqs[limit - 1] if len(seqs) > limit else rest
+    searched = given["floor"] + 1 if given["floor"] else None
+    rest = seqs[limit - 1] if len(seqs) > limit else searched
     if text:
         named = f"""
             SELECT seq FROM jobs WHERE id >= :text AND id < :text || char(1114111) AND +{where}
@@ -924,8 +924,9 @@ def newest_run(db: Connection, began_by: float) -> int:
     low, high = 0, db.execute("SELECT max(id) FROM runs").fetchone()[0] or 0
     while low < high:  # halve it: a walk through an hour of runs takes long
         middle = (low + high + 1) // 2
-        begun = "SELECT started_at FROM runs WHERE id >= ? ORDER BY id LIMIT 1"
-        if db.execute(begun, (middle,)).fetchone()[0] <= began_by:
+        first = "SELECT started_at FROM runs WHERE id >= ? ORDER BY id LIMIT 1"
+        found = db.execute(first, (middle,)).fetchone()  # None: pruned meanwhile
+        if found and found[0] <= began_by:
             low = middle
         else:
             high = middle - 1

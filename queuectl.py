@@ -36,7 +36,7 @@ from database import duration_text, plural
 
 LIVE_BYTES = 2**20  # of a running job's output, read at one look
 COLOURS = {"completed": "green", "failed": "yellow", "dead": "red", "lost": "red", "trouble": "red"}
-# https://no-color.org
+# Colours are not wanted (https://no-color.org), or not understood.
 PLAIN = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
 LAYOUT = "\n\t"  # what may stay of UNSAFE in the output of a job
 # What a terminal would obey instead of showing: controls, and characters that turn text round.
