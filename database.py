@@ -446,11 +446,12 @@ def claim(
     """Give the best due job to `worker`: (its run, or None if none is due; when the next is due).
 
     Best: highest priority, then earliest run_at, then earliest enqueued. `clock` is the monotonic
-    one, for timeouts: it is read when the lock is had, for that may take long. `launched` gives the
+    one: the run begins when the lock is had, and that may be long after `now`. `launched` gives the
     run its lines; they are stored before anything is started, so that whoever finds the run lost
     can end it elsewhere. Why it holds between processes: design.md, "Which line stops a double
     claim?".
     """
+    asked = clock()
     while True:
         # Look, without a lock (but for hand_in's). It costs the same however many wait or are done.
         best = db.execute(
@@ -471,6 +472,7 @@ def claim(
         *seen, _, more = best
         run = launched(Run(0, worker, now, *seen))
         with transaction(db):
+            start = now + clock() - asked
             taken = db.execute(
                 """
                 UPDATE jobs
@@ -480,10 +482,10 @@ def claim(
                 WHERE seq = ?
                   AND state IN ('pending', 'failed')  -- nobody was faster,
                   AND run_at = ? AND attempts + 1 = ?  -- nor has it run since""",
-                (worker, now, now, run.seq, run.due_at, run.attempt),
+                (worker, start, start, run.seq, run.due_at, run.attempt),
             ).rowcount
             if taken == 1:
-                new = (run.seq, worker, run.attempt, run.due_at, now, clock())
+                new = (run.seq, worker, run.attempt, run.due_at, start, clock())
                 opened = db.execute(
                     """
                     INSERT INTO runs (job, worker, attempt, due_at, started_at, started_mono,
@@ -491,7 +493,8 @@ def claim(
                     VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
                     (*new, run.line, run.stop_line),
                 )
-                return Run(opened.lastrowid, *run[1:]), now if more else later
+                run = Run(opened.lastrowid, worker, start, *run[3:])
+                return run, now if more else later
         # rowcount 0: another worker was faster; look again.
 
 

@@ -758,8 +758,9 @@ def test_a_job_object_has_the_fields_of_the_contract_in_its_order(db):
 
 def test_the_time_of_a_run_does_not_begin_before_its_worker_has_the_lock(db):
     add(db, {})
-    database.claim(db, "w1", NOW, lambda: float(db.in_transaction))
-    assert db.execute("SELECT started_mono FROM runs").fetchone()[0] == 1.0
+    run, _ = database.claim(db, "w1", NOW, lambda: float(db.in_transaction))
+    told = db.execute("SELECT started_mono, started_at FROM runs").fetchone()
+    assert (*told, run.started_at) == (1.0, NOW + 1, NOW + 1)
 
 
 def test_counts_have_every_state_in_order_and_the_queue_is_settled_when_all_jobs_are(db):
