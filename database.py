@@ -190,7 +190,8 @@ def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S)
         if identity(db) != (APPLICATION_ID, VERSION):
             migrate(db, path)
         elif not durable:  # once for each worker: VACUUM INTO, for one, makes copies without it
-            use_wal(db)
+            with patience(db, 0):  # to wait for who reads one would keep out others who read
+                use_wal(db)
     except BaseException as error:
         db.close()
         if isinstance(error, (sqlite3.Error, UnicodeError)):  # of a message that quotes damage
@@ -260,8 +261,8 @@ def migrate(db: Connection, path: str) -> None:
 
 
 def use_wal(db: Connection) -> None:
-    """Let readers and a writer work at once. For this SQLite waits for nobody: of two who make the
-    queue at the same moment one is refused, as the other is at it; and so is who finds a reader."""
+    """Let readers and a writer work at once. Of two who make the queue at the same moment SQLite
+    refuses one, however long it would wait, for the other is at it: then that is good enough."""
     with suppress(sqlite3.OperationalError):
         db.execute("PRAGMA journal_mode = WAL")
 
@@ -278,11 +279,11 @@ def transaction(db: Connection) -> Iterator[None]:
         try:
             yield
             db.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            else:  # SQLite has by itself: the disk is full, and of what was rolled back
-                with suppress(sqlite3.Error):
+            elif isinstance(error, sqlite3.Error):  # SQLite has by itself: the disk is full,
+                with suppress(sqlite3.Error):  # and what it took back still takes all the room
                     empty_log(db)
             raise
 
@@ -290,12 +291,19 @@ def transaction(db: Connection) -> Iterator[None]:
 def empty_log(db: Connection) -> bool:
     """Give the room that the -wal takes back to the disk; but if somebody is reading all the while,
     not now: to wait for that keeps out all who write."""
-    patience = db.execute("PRAGMA busy_timeout").fetchone()[0]
-    db.execute("PRAGMA busy_timeout = 1000")
-    try:
+    with patience(db, 1000):
         return not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+
+
+@contextmanager
+def patience(db: Connection, wait_ms: int) -> Iterator[None]:
+    """Wait for locks no longer than this meanwhile."""
+    before = db.execute("PRAGMA busy_timeout").fetchone()[0]
+    db.execute(f"PRAGMA busy_timeout = {wait_ms}")
+    try:
+        yield
     finally:
-        db.execute(f"PRAGMA busy_timeout = {patience}")
+        db.execute(f"PRAGMA busy_timeout = {before}")
 
 
 def is_damage(error: Exception) -> bool:
@@ -815,7 +823,7 @@ def summary(db: Connection, now: float, workers: int) -> dict[str, Any]:
 
     recent = list(runs_after(db, None))
     # Of very many runs only the last are looked at; their numbers tell how many there were.
-    begun = max([run["id"] for run in recent], default=0) - newest_run(db, now - 3600)
+    begun = max([run["id"] for run in recent], default=0) - last_before(db, now - 3600)
     ended = [run for run in recent if (run["finished_at"] or 0) > now - 3600]
     ended = [run for run in ended if run["outcome"] in ("completed", "failed")]
     completed = sum(run["outcome"] == "completed" for run in ended)
@@ -923,9 +931,16 @@ def runs_by_minute(db: Connection, since: float) -> list[tuple[int, int, int]]:
 
 
 def newest_run(db: Connection, began_by: float) -> int:
-    """Return the number below or at which all runs had begun by then: they begin in order."""
+    """Return the number of the newest run that had begun by then, or 0."""
+    newest = "SELECT id FROM runs WHERE started_at <= ? ORDER BY id DESC LIMIT 1"
+    return (db.execute(newest, (began_by,)).fetchone() or [0])[0]
+
+
+def last_before(db: Connection, began_by: float) -> int:
+    """Return about the same, but at once, however many have begun since; and no more than about,
+    for after the clock was set back they are out of order."""
     low, high = 0, db.execute("SELECT max(id) FROM runs").fetchone()[0] or 0
-    while low < high:  # halve it: a walk through an hour of runs takes long
+    while low < high:
         middle = (low + high + 1) // 2
         first = "SELECT started_at FROM runs WHERE id >= ? ORDER BY id LIMIT 1"
         found = db.execute(first, (middle,)).fetchone()  # None: pruned meanwhile

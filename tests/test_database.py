@@ -790,6 +790,19 @@ def test_the_rate_counts_all_runs_of_the_hour_but_looks_at_the_last(db, monkeypa
     assert later["jobs_per_minute"] == pytest.approx(3 / 60 * 6 / 4, abs=0.01)
 
 
+def test_the_last_run_before_a_time_is_found_however_many_were_pruned(db):
+    add(db, *[{}] * 30)
+    for minute in range(30):
+        end(db, take(db, now=NOW + 60 * minute), "completed", NOW + 60 * minute + 1)
+    for gone in ("id = 0", "id BETWEEN 5 AND 9", "id % 2 = 0", "id < 20", "1"):
+        db.execute(f"DELETE FROM runs WHERE {gone}")
+        for moment in range(-1, 31):
+            exact = database.newest_run(db, NOW + 60 * moment)
+            found = database.last_before(db, NOW + 60 * moment)
+            between = "SELECT count(*) FROM runs WHERE id > ? AND id <= ?"
+            assert found >= exact and db.execute(between, (exact, found)).fetchone()[0] == 0
+
+
 def test_a_job_has_not_waited_since_before_it_was_there(db):
     add(db, {"run_at": NOW - 1e6}, now=NOW)
     end(db, take(db, now=NOW + 3), "completed", NOW + 4)
