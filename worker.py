@@ -191,7 +191,7 @@ class Supervisor:
         from multiprocessing import active_children, get_context
 
         if self.stopping:
-            if self.busy and not self.told:
+            if self.signals and self.stopping == 1 and self.busy and not self.told:
                 self.told = True
                 text = "when the running jobs have ended; Ctrl+C again puts them back"
                 self.say("supervisor", self.pid, "leaving", text)

@@ -374,6 +374,7 @@ def test_all_workers_of_all_supervisors_are_stopped_at_once(queue: Queue) -> Non
     begun(queue)
     assert queue.run("worker", "stop", "--now", check=0).stdout.endswith("3 workers left\n")
     assert [each.wait(timeout=DEADLINE_S) for each in supervisors] == [0, 0]
+    assert not any("leaving" in each.log.read_text() for each in supervisors), "it did not wait"
     assert (queue.state("a"), queue.job("a")["attempts"]) == ("pending", 0)
     # One put back by the first supervisor may be taken up by the second before it hears of it.
     assert set(runs(queue, "a")) == {("stopped", "stopped with its worker; not counted")}
