@@ -69,8 +69,7 @@ def main() -> int:
     one line here."""
     place = Place()
     try:
-        how = dict(prog_name="queuectl.py", standalone_mode=False, color=False if PLAIN else None)
-        code = cli.main(obj=place, **how) or 0
+        code = cli.main(obj=place, prog_name="queuectl.py", standalone_mode=False) or 0
         sys.stdout.flush()
     except click.ClickException as error:
         message, code = error.format_message(), error.exit_code
@@ -727,7 +726,8 @@ def doctor(place: Place, as_json: bool) -> int:
         for name, problem, cause in found:
             click.echo(clean(f"BROKEN  {name}: {problem}" if problem else f"ok      {name}"))
             chance = "perhaps" if problem else "would be"
-            click.secho(f"        {chance} broken by {cause}", dim=True)
+            told = f"        {chance} broken by {cause}"
+            click.echo(told if PLAIN else click.style(told, dim=True))
     return int(not ok)
 
 
