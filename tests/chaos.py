@@ -150,6 +150,11 @@ class Chaos:
         counts = self.read(database.counts)
         return counts["pending"] + counts["failed"] + counts["processing"]
 
+    def registered(self) -> bool:
+        """Say whether all supervisors that run would hear of a stop: one has just been started."""
+        known = {row["pid"] for row in self.read(database.supervisors)}
+        return all(each.pid in known for each in self.supervisors if each.poll() is None)
+
     def read(self, function):
         db = database.connect(self.path)
         try:
@@ -250,7 +255,7 @@ class Chaos:
 
     def settle(self) -> None:
         deadline = time.monotonic() + 120
-        while self.load():
+        while self.load() or not self.registered():
             self.look()
             if time.monotonic() > deadline:
                 self.failures.append(f"not settled: {self.read(database.counts)}")
@@ -266,7 +271,9 @@ class Chaos:
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
-                self.failures.append(f"supervisor {process.pid} did not leave")
+                said = (self.folder / "log").read_text().splitlines()
+                said = [line for line in said if f"pid {process.pid} " in line][-5:]
+                self.failures.append(f"supervisor {process.pid} did not leave: {said}")
                 process.kill()
 
     # --- what is compared ------------------------------------------------------------------
