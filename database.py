@@ -937,8 +937,8 @@ def newest_run(db: Connection, began_by: float) -> int:
 
 
 def last_before(db: Connection, began_by: float) -> int:
-    """Return about the same, but at once, however many have begun since; and no more than about,
-    for after the clock was set back they are out of order."""
+    """Return about what `newest_run` does, at once, however many have begun since. About: after
+    the clock was set back they are out of order."""
     low, high = 0, db.execute("SELECT max(id) FROM runs").fetchone()[0] or 0
     while low < high:
         middle = (low + high + 1) // 2

@@ -568,6 +568,8 @@ def test_who_makes_the_queue_waits_for_another_who_is_at_it(path):
         with closing(database.connect(path)) as db:
             add(db, {})
         release.join()
+    with closing(database.connect(path, durable=False)) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
 
 
 def test_a_copy_without_a_log_gets_one_from_the_first_worker(path):
