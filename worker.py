@@ -145,8 +145,8 @@ class Supervisor:
         if 2 * self.count + 32 > files:
             needed = f"{self.count} workers need {2 * self.count + 32} open files"
             raise QueueError(f"{needed}, the limit is {files}; raise it with ulimit -n")
-        self.try_stop_line()
         self.wake, self.signals = await_signals()
+        self.try_stop_line()
         # Workers read end of file here when the supervisor is gone, however it went.
         self.lifeline, self.lifeline_write = os.pipe()
         me = os.uname().nodename, boot_id(), self.pid, process_birth(self.pid) or ""
@@ -164,9 +164,11 @@ class Supervisor:
                 if far.tries:
                     what = "launcher_stop must exit 0 when nothing is left to end"
                     raise QueueError(f"{what}; this does not: {run.stop_line}")
+                if self.signals:  # only noted, for a Popen that is broken off forgets its child
+                    raise KeyboardInterrupt
                 time.sleep(0.01)
         finally:
-            if far.child and far.child.poll() is None:  # Ctrl+C
+            if far.child and far.child.poll() is None:
                 send(-far.child.pid, signal.SIGKILL)
 
     @property
