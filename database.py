@@ -774,9 +774,11 @@ def jobs_between(db: Connection, first: int, last: int) -> Iterator[Row]:
 
 
 def jobs_in(db: Connection, states: Sequence[str], limit: int) -> Iterator[Row]:
-    """Return the newest `limit` jobs (-1: all) in these states (none: any), newest first."""
-    where = f"WHERE state IN ({', '.join('?' * len(states))})" if states else ""
-    return db.execute(f"{JOB} {where} ORDER BY seq DESC LIMIT ?", (*states, limit))
+    """Return the newest `limit` jobs (-1: all) in these states (none: any), in order of enqueue."""
+    where = f"WHERE state IN ({', '.join('?' * len(states))})" if states else "WHERE 1"
+    newest = f"SELECT seq FROM jobs {where} ORDER BY seq DESC LIMIT ?"
+    query = f"{JOB} {where} AND seq >= (SELECT min(seq) FROM ({newest})) ORDER BY seq"
+    return db.execute(query, (*states, *states, limit))
 
 
 def ready_jobs(db: Connection, now: float, limit: int) -> Iterator[Row]:

@@ -426,7 +426,7 @@ def print_status(found: dict[str, Any]) -> None:
 @json_option
 @click.pass_obj
 def list_jobs(place: Place, states: tuple, ready: bool, limit: int | None, as_json: bool) -> None:
-    """Show the newest jobs, or with --ready those that come next.
+    """Show the newest jobs, the last one last; or with --ready those that come next.
 
     \b
     queuectl.py list --state failed --state dead
@@ -444,11 +444,11 @@ def list_jobs(place: Place, states: tuple, ready: bool, limit: int | None, as_js
         return
     rows = list(rows)
     if len(rows) > most > 0:
-        rows.pop()
+        rows = rows[:most] if ready else rows[-most:]
         click.echo(f"only {most} are shown; --limit 0 shows all", err=True)
     dead = states == ("dead",)
     lines = []
-    for row in rows if ready else reversed(rows):
+    for row in rows:
         due = row["last_error"] if dead else due_text(row, now)
         lines.append([row["id"], row["state"], row["attempts"], due, row["command"]])
     table(["ID", "STATE", "ATTEMPTS", "ERROR" if dead else "DUE", "COMMAND"], lines)

@@ -201,7 +201,7 @@ class Stage:
     def jobs(self) -> list[dict[str, Any]]:
         """Return all jobs in the order in which they came, each as `show ID --json` prints it."""
         with closing(database.connect(self.path)) as db:
-            found = [database.as_object(row) for row in database.jobs_in(db, [], -1)][::-1]
+            found = [database.as_object(row) for row in database.jobs_in(db, [], -1)]
             for job in found:
                 runs = database.runs(db, database.find(db, job["id"]))
                 job["runs"] = [database.as_object(run) for run in runs]

@@ -320,7 +320,7 @@ def test_jobs_have_the_fields_of_the_command_line(window: Window) -> None:
     window.queue.configure(**NEVER)
     window.queue.run("enqueue", "--command", "false", "--id", "last", check=0)
     window.queue.drain()
-    assert window.get("/api/jobs")["jobs"] == window.queue.json("list")
+    assert window.get("/api/jobs")["jobs"] == window.queue.json("list")[::-1]
     shown, found = window.queue.json("show", "last"), window.get("/api/job?id=last")
     assert found.pop("sentence") == "dead after 1 run; `dlq retry last` starts over"
     assert found == shown

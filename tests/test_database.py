@@ -417,7 +417,7 @@ def test_prune_removes_old_settled_jobs_with_their_history_and_nothing_else(db):
     assert memory(db) == before
     assert list(database.prune(db, asked, NOW)) == [2]
     states = [row["state"] for row in database.jobs_in(db, [], -1)]
-    assert states == ["processing", "cancelled", "completed", "pending", "failed", "dead"]
+    assert states == ["dead", "failed", "pending", "completed", "cancelled", "processing"]
     assert [len(database.runs(db, seq)) for seq in old.values()] == [0, 2, 0, 1]
     assert list(database.prune(db, ["dead"], NOW)) == [1]
     assert [len(database.runs(db, seq)) for seq in (*old.values(), *young)] == [0, 0, 0, 1, 1, 0, 1]
@@ -459,7 +459,7 @@ def test_ids_pasted_from_another_queue_are_kept_and_the_made_up_ones_go_round_th
     pasted = [dict(id=id) for id in generated(str(tmp_path), 10)[at : at + 2]]
     for jobs in [pasted + [{}] * 10] if one_call else [pasted, [{}] * 10]:
         add(db, *jobs)
-    ids = [row["id"] for row in database.jobs_in(db, [], -1)][::-1]
+    ids = [row["id"] for row in database.jobs_in(db, [], -1)]
     assert ids[: len(pasted)] == [job["id"] for job in pasted]
     assert len({*ids}) == len(pasted) + 10
 

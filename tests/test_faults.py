@@ -108,7 +108,7 @@ def test_the_disk_is_full_and_enqueue_acknowledges_only_what_it_kept(small: Queu
     many = small.run("enqueue", "--file", "-", "--lines", stdin=f": {'x' * 9000}\n" * 100, check=1)
     one_line(many)
     assert len(kept) >= 3
-    assert [job["id"] for job in reversed(small.json("list"))] == kept
+    assert [job["id"] for job in small.json("list")] == kept
     small.run("doctor", check=0)
     before = small.states()
     filled = fill(small)
@@ -633,7 +633,7 @@ def test_names_that_are_also_code_are_only_names(queue: Queue) -> None:
     started = queue.start("--drain", count=2, ready=False)
     queue.run("cancel", "--", *[f"off {trick}" for trick in TRICKS], check=0)
     assert started.wait(timeout=DEADLINE_S) == 0
-    assert [job["id"] for job in queue.json("dlq", "list")[::-1]] == TRICKS
+    assert [job["id"] for job in queue.json("dlq", "list")] == TRICKS
     count = len(TRICKS)
     states = {"dead": count, "cancelled": count, "completed": count, "total": 3 * count}
     assert {state: n for state, n in queue.states().items() if n} == states

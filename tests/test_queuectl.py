@@ -311,8 +311,9 @@ def test_only_as_many_jobs_are_listed_as_asked_for(standing: Queue) -> None:
         return [job["id"] for job in standing.json("list", *words)]
 
     assert ids("--ready") == ["twin2", "twin1"]  # in the order in which they would run
-    assert ids("--limit", "2") == ["called off", "later"]  # newest first
-    assert ids("--state", "dead", "--state", "cancelled") == ["called off", "evil"]
+    assert ids("--limit", "2") == ["later", "called off"]  # the newest, in order
+    assert ids("--state", "dead", "--state", "cancelled") == ["evil", "called off"]
+    assert ids("--state", "dead", "--state", "cancelled", "--limit", "1") == ["called off"]
 
 
 def test_doctor_says_of_a_file_that_was_cut_short_what_is_wrong(tmp_path: Path) -> None:
@@ -724,7 +725,7 @@ def test_a_file_may_come_in_any_of_these_forms(tmp_path: Path, form: str) -> Non
     (tmp_path / "jobs").write_bytes(text.encode())
     done = queue.run("enqueue", "--file", "jobs", *words, check=0)
     assert (done.stdout, done.stderr) == ("enqueued 2 jobs\n", "")
-    assert [job["command"] for job in queue.json("list")] == ["b", "a"]
+    assert [job["command"] for job in queue.json("list")] == ["a", "b"]
 
 
 def test_an_empty_file_is_no_job(tmp_path: Path) -> None:
