@@ -468,6 +468,10 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
         if any(is_alive(row) and row["pid"] == os.getsid(0) for row in rows):
             raise QueueError("this is a job of these workers: it would wait for itself")
         asked = database.ask_to_stop(settler.queue(), 2 if now else 1)
+        running = sum(row["job"] is not None for row in rows)
+        if running and not now:
+            told = f"for {database.plural(running, 'running job')}; --now puts them back"
+            say("stop", os.getpid(), "waits", told)
         deadline = time.monotonic() + timeout_s if timeout_s is not None else None
         while True:
             settler.look()

@@ -1081,6 +1081,7 @@ def test_workers_in_the_background_are_listed_cancelled_under_and_stopped(queue:
     assert head.split() == ["WORKER", "PID", "SINCE", "HEARTBEAT", "DONE", "RUNS"]
     shown = sorted(re.sub(r"\d+(\.\d+)? s", "SPAN", row).split()[2:] for row in rows)
     assert shown[0] == "SPAN SPAN ago 0 idle".split()
+    assert stopped.stderr.splitlines()[0].endswith("for 1 running job; --now puts them back")
     assert shown[1] == r"SPAN SPAN ago 0 slow: sleep 60; : \x1b[31m".split()
     assert "2 active workers" in queue.run("status", check=0).stdout
     stopped = queue.run("worker", "stop", "--timeout", "100ms", check=1)

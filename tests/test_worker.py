@@ -358,9 +358,11 @@ def test_workers_are_stopped_from_another_terminal(queue: Queue) -> None:
     begun(queue)
     pids = {supervisor.pid} | {row["pid"] for row in queue.workers() if row["job"]}
     late = queue.run("worker", "stop", "--timeout", "1s", check=1)
-    assert late.stderr.startswith("Error: still there after 1.0 s: pid ")
-    assert all(str(pid) in late.stderr for pid in pids), late.stderr
-    assert late.stderr.endswith("; --now does not wait for jobs\n")
+    waits, told = late.stderr.splitlines()
+    assert waits.endswith("for 1 running job; --now puts them back")
+    assert told.startswith("Error: still there after 1.0 s: pid ")
+    assert all(str(pid) in told for pid in pids), told
+    assert told.endswith("; --now does not wait for jobs")
     eventually(lambda: len(queue.workers()) == 1, "the idle worker has left")
     go(queue)
     assert queue.run("worker", "stop", check=0).stdout in ("0 workers left\n", "1 worker left\n")
