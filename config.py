@@ -50,7 +50,7 @@ SETTINGS = {
 }
 ALIASES = {"default_timeout": "job_timeout_s"}
 
-RANGES = SETTINGS | {"timeout_s": SETTINGS["job_timeout_s"]}
+RANGES = SETTINGS | dict.fromkeys(("timeout", "timeout_s"), SETTINGS["job_timeout_s"])
 RANGES["priority"] = Setting(int, 0, -(2**53), 2**53, "higher runs first")
 # A record that was printed can be pasted back: what the queue sets is ignored, not refused.
 SET_BY_QUEUE = frozenset(
@@ -185,8 +185,9 @@ def check_job(given: Any, settings: dict[str, Any], cwd: str) -> dict[str, Any]:
     if "timeout" in given and "timeout_s" in given:
         raise BadInput('"timeout" and "timeout_s" are the same field; give one of them')
     for name, value in given.items():
-        name = "timeout_s" if name == "timeout" else name
-        if name in FIELDS:
+        if name == "timeout":
+            job["timeout_s"] = check_number(name, value)
+        elif name in FIELDS:
             job[name] = FIELDS[name](name, value)
         elif name not in SET_BY_QUEUE:
             there_are = ", ".join(sorted([*FIELDS, "timeout"]))

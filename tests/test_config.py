@@ -240,6 +240,7 @@ BAD_FIELDS = {  # as JSON; the message names the field
     "priority max_retries": 'true "3" null [] 1.5 1.0 1e999',
     "priority": f"{2**63} {-(2**63)} {2**53 + 1}",
     "max_retries": f"-1 1001 {2**63} {10**400}",
+    "timeout": 'true "3" null -1',
     "timeout_s backoff_base": f'true "3" null [] -1 -1e-9 1e999 {YEAR_S + 1} {2**63} {10**400}',
     "run_at": f'"" "soon" "2030-13-01" "25:00" "1960-01-01" -1 1e12 1e999 {2**63} {10**400}',
 }
