@@ -384,7 +384,8 @@ class Handler(BaseHTTPRequestHandler):
         except database.SQLiteError as error:
             self.send_json({"error": database.error_text(error, self.server.path)}, 503)
         except (QueueError, ValueError, RecursionError) as error:
-            self.send_json({"error": str(error)}, 409 if isinstance(error, QueueError) else 400)
+            wrong = 400 if not isinstance(error, QueueError) else 409 if changes else 404
+            self.send_json({"error": str(error)}, wrong)
 
     def is_let_in(self, path: str, changes: bool) -> bool:
         """Say whether this request has the token, and for a change more than a cookie."""
