@@ -10,6 +10,7 @@ does), print, or touch processes: the hands (worker.py) that do this for it are 
 
 from __future__ import annotations
 
+import errno
 import hmac
 import ipaddress
 import json
@@ -242,8 +243,9 @@ class Server(ThreadingTCPServer):  # no HTTPServer: that would ask the DNS for o
         try:
             super().__init__((host, port), Handler)
         except (OSError, UnicodeError) as error:
-            why = getattr(error, "strerror", None) or error
-            told = f"cannot listen on {host} port {port}: {why}; --port 0 takes a free one"
+            told = f"cannot listen on {host} port {port}: {getattr(error, 'strerror', '') or error}"
+            if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES):
+                told += "; --port 0 takes a free one"
             raise QueueError(told) from None
         self.port, self.ip = self.server_address[1], ipaddress.ip_address(self.server_address[0])
         self.path, self.hands, self.watcher, self.meter = path, hands, Watcher(path, hands), Meter()

@@ -1077,11 +1077,11 @@ def test_workers_in_the_background_are_listed_cancelled_under_and_stopped(queue:
     assert head.split() == ["WORKER", "PID", "SINCE", "HEARTBEAT", "DONE", "RUNS"]
     shown = sorted(re.sub(r"\d+(\.\d+)? s", "SPAN", row).split()[2:] for row in rows)
     assert shown[0] == "SPAN SPAN ago 0 idle".split()
-    assert stopped.stderr.splitlines()[0].endswith("for 1 running job; --now puts them back")
     assert shown[1] == r"SPAN SPAN ago 0 slow: sleep 60; : \x1b[31m".split()
     assert "2 active workers" in queue.run("status", check=0).stdout
     stopped = queue.run("worker", "stop", "--timeout", "100ms", check=1)
     assert stopped.stdout == "" and "--now does not wait for jobs" in stopped.stderr
+    assert stopped.stderr.splitlines()[0].endswith("for 1 running job; --now puts them back")
     cancelled = queue.run("cancel", "slow", check=0)
     assert cancelled.stdout == "slow cancelled\n"
     assert queue.run("worker", "stop", check=0).stdout.endswith("left\n")
