@@ -875,7 +875,7 @@ def test_lanes_link_the_retries_of_a_job_and_mark_a_crash(window: Window, tab: C
     page.hover("#bars .lost rect")
     assert page.locator("#links path").count() == 2, "from each run to the next"
     assert page.locator("#bars .same").count() == 3
-    assert "a run 1 of 3 on w1: crashed after" in page.text_content("#caption")
+    assert "a run 1 of 3 on w1: lost after" in page.text_content("#caption")
     page.click("#bars .lost rect")
     page.wait_for_selector("#job[open]")
     assert page.text_content("#job-id") == "a"
@@ -982,8 +982,10 @@ def test_a_killed_server_is_reported_and_a_new_one_found_again(
     window.open("--port", str(window.port))
     eventually(lambda: count_of(page, "pending") == 1, "the open page goes on")
     assert not page.is_visible("#broken") and page.text_content("#link") == "live"
+    page.wait_for_selector("#idle:has-text('No worker is running')")
     window.end()
     page.wait_for_selector("#broken:has-text('connection is lost')")
+    assert not page.is_visible("#idle"), "nobody knows any more"
     window.open("--port", str(window.port))  # after a clean end: with another token
     page.wait_for_selector("#broken:has-text('Open the address that it printed')")
 
@@ -997,6 +999,8 @@ def test_workers_that_are_gone_are_missed(window: Window, tab: Callable) -> None
     for pid in (supervisor.pid, window.queue.workers()[0]["pid"]):
         os.kill(pid, signal.SIGKILL)
     page.wait_for_selector("#idle:has-text('The workers are gone. 1 running job')")
+    command = f"python3 queuectl.py --db '{window.queue.path}' worker start"
+    assert page.text_content("#idle code") == command, "for this queue and no other"
     assert page.text_content("#workers") == "no workers"
     assert page.text_content("#grid .gone") == "w1gone"
 
