@@ -39,7 +39,7 @@ SETTINGS = {
     "max_retries": Setting(int, 3, 0, 1000, "times a failed job is run again"),
     "backoff_base": Setting(float, 2.0, 0, 1000, "seconds, raised to the attempt number"),
     "backoff_jitter": Setting(float, 0.5, 0, 10, "share of backoff_base added at random"),
-    "max_backoff_s": Setting(float, 3600, 0, YEAR_S, "cap on the power"),
+    "max_backoff_s": Setting(float, 3600, 0, YEAR_S, "longest backoff, before jitter"),
     "job_timeout_s": Setting(float, 0, 0, YEAR_S, "seconds a run may take; 0: no limit"),
     "kill_grace_s": Setting(float, 5, 0, 3600, "seconds between SIGTERM and SIGKILL"),
     "lock_timeout_s": Setting(float, 30, 2, 86_400, "a worker silent for so long is lost"),

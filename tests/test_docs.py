@@ -53,7 +53,7 @@ def test_every_option_in_the_readme_exists():
     known = {word for command in COMMANDS.values() for word in options(command)}
     known |= options(queuectl.cli) | {"--help"}
     text = re.sub(r"^python3 -m venv .*$|^.*pip install.*$", "", README, flags=re.MULTILINE)
-    recipes = text.partition("## Past one machine")[2].partition("## Signals")[0]
+    recipes = text.partition("## Past one machine")[2].partition("\n## ")[0]
     for block in re.findall(r"```sh\n.*?```", recipes, re.DOTALL):  # full of others' options
         text = text.replace(block, "")
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
@@ -142,7 +142,7 @@ def test_the_transcript_has_the_shape_of_what_is_printed(queue):
     """The README's first command, less the installation, prints what the README shows."""
     line = next(line for line in README.splitlines() if line.startswith("python3 -m venv"))
     job = line.partition("-qr requirements.txt && ")[2].replace("python3 queuectl.py", "$q")
-    shown = README.partition("What the first one prints:\n\n```\n")[2].partition("\n```")[0]
+    shown = README.partition("It prints:\n\n```\n")[2].partition("\n```")[0]
     import subprocess
     import sys
 
