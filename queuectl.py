@@ -27,7 +27,10 @@ from contextlib import closing, nullcontext, suppress
 from functools import cached_property, lru_cache
 from typing import Any
 
-import click
+try:
+    import click
+except ImportError:
+    raise SystemExit("Error: click is missing: activate the .venv, or pip install click") from None
 
 import config
 import database

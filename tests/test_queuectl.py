@@ -901,6 +901,13 @@ def test_the_option_db_beats_the_environment(tmp_path: Path) -> None:
     queue = Queue(tmp_path)
     queue.run("--db", "other.db", "--config", "other.json", "init", check=0)
     queue.run("--db", "x.db", "--config", "other.json", "config", "max-retries", "7", check=0)
+def test_without_click_it_says_what_to_do() -> None:
+    words = [sys.executable, "-S", QUEUECTL[1], "init"]  # -S: without what is installed
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "click is missing: activate the .venv" in done.stderr
+
+
     assert sorted(os.listdir(tmp_path)) == ["other.db", "other.json"]
     assert json.loads((tmp_path / "other.json").read_text())["max_retries"] == 7
 
