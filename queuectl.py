@@ -79,6 +79,8 @@ def main() -> int:
         if "\n" in message:  # click's help, shown for a command without its words
             click.echo(message, err=True)
         else:
+            if isinstance(error, click.UsageError) and not isinstance(error, click.BadParameter):
+                message = f"{message.rstrip('.')} (see {error.ctx.command_path} --help)"
             complain(message, code)
     except (BadInput, config.BadFile) as error:
         code = complain(str(error), 2 if isinstance(error, BadInput) else 1)

@@ -441,6 +441,8 @@ def test_a_bad_job_is_refused_and_nothing_changes(standing: Queue, text: str, sa
 BAD_CALLS = [
     (2, "give one of: a JOB, --command, --file", "enqueue"),
     (2, "give one of: a JOB, --command, --file", "enqueue '{}' --command true"),
+    (2, "argument (hello) (see queuectl.py enqueue --help)", "enqueue echo hello"),
+    (2, "No such command 'retry' (see queuectl.py --help)", "retry good"),
     (2, "--id goes with --command", "enqueue --id x '{}'"),
     (2, "--lines goes with --file", "enqueue --lines --command true"),
     (2, "give one of them", "enqueue --command true --delay 1s --run-at 0"),
