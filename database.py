@@ -991,7 +991,9 @@ def output_text(kept: bytes | None, written: int | None) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Return a span for people: 0.04 s, 3.4 s, 2 min 5 s, 3 h 20 min, 2 d 4 h."""
+    """Return a span for people: 4 ms, 3.4 s, 2 min 5 s, 3 h 20 min, 2 d 4 h."""
+    if seconds < 0.0995:
+        return f"{max(seconds, 0) * 1000:.0f} ms"
     if seconds < 59.95:
         return f"{max(seconds, 0):.{2 if seconds < 0.1 else 1}f} s"
     for size, unit, part, smaller in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min")):

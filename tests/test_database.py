@@ -841,7 +841,7 @@ def test_one_sentence_says_why_a_job_is_in_its_state_and_what_is_next(fields, te
     assert {fields["state"] for fields, _ in SENTENCES} == {*database.STATES}
 
 
-SPANS = {-1: "0.00 s", 0.04: "0.04 s", 3.44: "3.4 s", 60: "1 min 0 s"}
+SPANS = {-1: "0 ms", 0.04: "40 ms", 0.0996: "0.1 s", 3.44: "3.4 s", 60: "1 min 0 s"}
 SPANS |= {3599: "59 min 59 s", 12_000: "3 h 20 min", 187_200: "2 d 4 h"}
 
 

@@ -154,7 +154,9 @@ def test_the_transcript_has_the_shape_of_what_is_printed(queue):
     assert done.returncode == 0, done.stderr
 
     def shape(text: str) -> list[str]:
-        text = re.sub(r"\d\d:\d\d:\d\d|pid \d+ +| on \S+;|\bw\d\b|\d+\.\d+", "#", text)
+        text = re.sub(
+            r"\d\d:\d\d:\d\d|pid \d+ +| on \S+;|\bw\d\b|\d+(\.\d+)? m?s\b|\d+\.\d+", "#", text
+        )
         return sorted(re.sub(r" +", " ", text).splitlines())
 
     assert shape(done.stdout) == shape(shown)
