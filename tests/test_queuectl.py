@@ -878,6 +878,8 @@ def test_wait_status_and_list_know_a_terminal(standing: Queue) -> None:
     lines = on_terminal(standing, "list")[1].split("\r\n")
     assert max(map(len, lines)) == 80 and "\x1b" not in "".join(lines)  # cut, not wrapped
     assert next(line for line in lines if line.startswith("evil")).endswith("...")
+    lines = on_terminal(standing, "dlq", "list")[1].split("\r\n")
+    assert max(map(len, lines)) <= 80, "nor does a long error push the command out"
     code, shown = on_terminal(standing, "show", "nope")
     assert (code, shown) == (1, 'Error: no job "nope"; `list` shows those that are there\r\n')
 
