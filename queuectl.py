@@ -146,7 +146,8 @@ def print_event(who: str, pid: int, verb: str, text: str, to: Any = None) -> Non
     """Print one line of `worker start`. Workers call it too: one write, so lines stay whole."""
     to, text = to or sys.stdout, clean(text if len(text) < 1000 else text[:1000] + "...")
     word = click.style(f"{verb:<9}", COLOURS[verb]) if verb in COLOURS and to.isatty() else verb
-    put(to, f"{time.strftime('%H:%M:%S')}  {who:<10}  pid {pid:<7}  {word:<9}  {text}".rstrip())
+    now = time.strftime("%Y-%m-%d %H:%M:%S" if to.seekable() else "%H:%M:%S")  # a file lies long
+    put(to, f"{now}  {who:<10}  pid {pid:<7}  {word:<9}  {text}".rstrip())
 
 
 def put(to: Any, text: str) -> None:

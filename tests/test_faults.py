@@ -669,7 +669,12 @@ def test_what_a_job_says_steers_no_terminal(queue: Queue) -> None:
     assert_nothing_obeyed(queue, text)
     assert text.count("\\x1b]0;t\\x07\\x1b[2J\\x9b31m\\x90q\\x9c\\u202e") >= 12
     # A line break in a command makes no line of its own, which could look like another job.
-    assert len([line for line in log.splitlines() if not re.match(r"\d\d:\d\d:\d\d  ", line)]) == 0
+    assert (
+        len(
+            [line for line in log.splitlines() if not re.match(r"[\d-]{10} \d\d:\d\d:\d\d  ", line)]
+        )
+        == 0
+    )
     assert said[1][1].count("\n") == 3
 
 
