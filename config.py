@@ -194,7 +194,7 @@ def check_job(given: Any, settings: dict[str, Any], cwd: str) -> dict[str, Any]:
             raise BadInput(f'unknown field "{name}"; a job has: {there_are}')
     if job["command"] is None:
         raise BadInput('a job needs a "command"')
-    if job["cwd"] is not cwd:
+    if "cwd" in given:
         job["cwd"] = os.path.join(cwd, os.path.expanduser(job["cwd"]))
     return job
 

@@ -437,6 +437,7 @@ def enqueue(db: Connection, now: float) -> tuple[int, int]:
                 ).rowcount
                 return last + 1, last + count
             except sqlite3.IntegrityError:
+                # The next 1, 2, 4 ... times as many numbers are left out.
                 jump = 2 * jump or db.execute("SELECT count(*) FROM incoming").fetchone()[0]
                 last += jump
 
@@ -622,7 +623,8 @@ def retry_dead(db: Connection, seqs: list[int] | None, now: float) -> int:
             changed = db.execute(f"{again} AND seq = :seq", {"seq": seq, "now": now}).rowcount
             if changed != 1:
                 found = job(db, seq)
-                raise QueueError(f'job "{found["id"]}" is {found["state"]}, not dead')
+                told = f'job "{found["id"]}" is {found["state"]}, not dead'
+                raise QueueError(f"{told}: nothing was changed")
     return len(seqs)
 
 
@@ -995,7 +997,7 @@ def duration_text(seconds: float) -> str:
     if seconds < 0.0995:
         return f"{max(seconds, 0) * 1000:.0f} ms"
     if seconds < 59.95:
-        return f"{max(seconds, 0):.{2 if seconds < 0.1 else 1}f} s"
+        return f"{seconds:.1f} s"
     for size, unit, part, smaller in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min")):
         if seconds >= size:
             return f"{int(seconds // size)} {unit} {int(seconds % size // part)} {smaller}"
@@ -1011,7 +1013,7 @@ def sentence(job: Row, now: float) -> str:
     state, total, ran = job["state"], job["max_retries"] + 1, plural(job["attempts"], "run")
     until = duration_text(job["run_at"] - now) if job["run_at"] > now else ""
     if state == "pending":
-        return f"pending, due in {until}" if until else "pending, waits for a free worker"
+        return f"pending, due in {until}" if until else "pending, waits for a worker"
     if state == "processing":
         span = duration_text(now - job["started_at"])
         told = f"run {job['attempts']} of {total}, on {job['worker']} for {span}"

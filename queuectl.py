@@ -130,7 +130,6 @@ def table(head: list[str], rows: Iterable[Iterable[Any]]) -> None:
     two fifths of it at most, the last what is left."""
     texts = [[clean(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *texts)]
-    room = 10_000
     if sys.stdout.isatty():
         import shutil
 
@@ -217,7 +216,7 @@ def duration(text: str) -> float:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 explain_option = click.option("--explain", is_flag=True, help="Show each SQL statement on stderr.")
 limit_help = "At most so many; 0: all. Default 100, with --json all."
-limit_option = click.option("--limit", type=click.IntRange(0, 2**53), help=limit_help)
+limit_option = click.option("--limit", type=click.IntRange(0, 2**53), metavar="N", help=limit_help)
 
 
 # --- the commands ----------------------------------------------------------------------------
@@ -249,7 +248,7 @@ def init(place: Place) -> None:
 @click.option("--command", help="The shell command, instead of JOB.")
 @click.option("--id", help="A name of your own for the job.")
 @click.option("--priority", type=int, metavar="N", help="Higher runs first. Default 0.")
-@click.option("--run-at", metavar="TIME", help="Not before: 2030-01-31T12:00:00Z or Unix seconds.")
+@click.option("--run-at", metavar="TIME", help="Not before: 2030-01-31T12:00 (UTC or with +01:00).")
 @click.option("--delay", type=duration, metavar="5m", help="Not before so long from now.")
 @click.option("--timeout", type=duration, metavar="30s", help="End a run after so long.")
 @click.option("--max-retries", type=int, metavar="N", help="How often it is run again.")
@@ -337,11 +336,11 @@ def worker() -> None:
 
 
 @worker.command()
-@click.option("--count", default=1, type=click.IntRange(1, 1000), help="How many. Default 1.")
+@click.option("--count", default=1, type=click.IntRange(1, 1000), metavar="N", help="Default 1.")
 @click.option("--detach", is_flag=True, help="In the background; returns once they are ready.")
-@click.option("--drain", is_flag=True, help="Leave when nothing is left to do.")
-@click.option("--launcher", metavar="LINE", help="Hand the runs to this line.")
-@click.option("--launcher-stop", metavar="LINE", help="Ends what one may leave.")
+@click.option("--drain", is_flag=True, help="Leave when every job has settled, later ones too.")
+@click.option("--launcher", metavar="LINE", help="Shell line that runs {command} elsewhere.")
+@click.option("--launcher-stop", metavar="LINE", help="Shell line that ends what is left there.")
 @explain_option  # here too, for this is where one wants to see it
 @click.pass_obj
 def start(place: Place, count: int, detach: bool, drain: bool, explain: bool, **lines: Any) -> None:
@@ -371,7 +370,7 @@ def start(place: Place, count: int, detach: bool, drain: bool, explain: bool, **
 def stop(place: Place, now: bool, timeout: float | None) -> None:
     """Let every worker finish its job and leave; wait until they have."""
     left = place.hands.stop(place.path, place.settings, print_remark, now, timeout)
-    click.echo(f"{plural(left, 'worker')} left")
+    click.echo(f"{plural(left, 'worker')} stopped")
 
 
 @worker.command("list")
@@ -386,11 +385,11 @@ def list_workers(place: Place, as_json: bool) -> None:
         return
     lines = []
     for row in rows:
-        since = duration_text(now - (row["since"] or row["started_at"]))
+        since = duration_text(now - row["since"]) if row["since"] else "-"
         beat = duration_text(now - row["heartbeat_at"]) + " ago"
         runs = f"{row['job']}: {row['command']}" if row["job"] else "idle"
         lines.append([row["worker"], row["pid"], since, beat, row["jobs_done"], runs])
-    table(["WORKER", "PID", "SINCE", "HEARTBEAT", "DONE", "RUNS"], lines)
+    table(["WORKER", "PID", "SINCE", "HEARTBEAT", "DONE", "JOB"], lines)
 
 
 @cli.command()
@@ -434,15 +433,16 @@ def print_status(found: dict[str, Any]) -> None:
 @json_option
 @click.pass_obj
 def list_jobs(place: Place, states: tuple, ready: bool, limit: int | None, as_json: bool) -> None:
-    """Show the newest jobs, the last one last; or with --ready those that come next.
+    """Show the newest jobs, the newest last. With --ready: those that come next.
 
     \b
     queuectl.py list --state failed --state dead
     """
     if ready and states:
         raise BadInput("--ready is a choice of its own; leave --state out")
-    now, most = time.time(), 100 if limit is None and not as_json else limit or -1
-    wanted = most if limit or most < 0 else most + 1  # one more, to know whether there is a rest
+    now, default = time.time(), limit is None and not as_json
+    most = 100 if default else limit or -1  # -1: all
+    wanted = most + default  # one more, to know whether there is a rest
     if ready:
         rows = database.ready_jobs(place.db, now, wanted)
     else:
@@ -473,7 +473,7 @@ def due_text(row: Any, now: float) -> str:
 @json_option
 @click.pass_obj
 def show(place: Place, id: str, as_json: bool) -> None:
-    """Show one job: why it is in its state, its fields, its history, its output."""
+    """Show one job. Why it is in its state, its fields, its history, its output."""
     seq = database.find(place.db, id)
     row, runs = database.job(place.db, seq), database.runs(place.db, seq)
     found = database.as_object(row) | {"runs": [database.as_object(run) for run in runs]}
@@ -497,7 +497,7 @@ def show(place: Place, id: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("id")
-@click.option("--attempt", type=click.IntRange(1), help="The last run of this number.")
+@click.option("--attempt", type=click.IntRange(1), metavar="N", help="The last run of this number.")
 @click.option("--stdout", is_flag=True, help="Only the standard output.")
 @click.option("--stderr", is_flag=True, help="Only the standard error.")
 @click.option("--follow", is_flag=True, help="Go on until the run has ended.")
@@ -506,7 +506,7 @@ def show(place: Place, id: str, as_json: bool) -> None:
 def logs(
     place: Place, id: str, attempt: int | None, follow: bool, as_json: bool, **streams: bool
 ) -> None:
-    """Show what a job has printed in its latest run; while it runs, what there is so far."""
+    """Show what a job's latest run has printed. While it runs: so far."""
     seq = database.find(place.db, id)
     names = [name for name in ("stdout", "stderr") if streams[name] or not any(streams.values())]
     tails = {name: Tail(name, len(names) < 2, follow) for name in names if not as_json}
@@ -531,7 +531,7 @@ def logs(
                 raise database.QueueError(f'job "{job["id"]}" has {what}{hope}')
         time.sleep(0.1)
     if as_json:
-        emit(database.as_object(run) | {"id": database.job(place.db, seq)["id"]})
+        emit(database.as_object(run) | {"job": database.job(place.db, seq)["id"]})
 
 
 class Tail:
@@ -562,7 +562,7 @@ class Tail:
 @click.option("--timeout", type=duration, metavar="5m", help="Wait no longer than this.")
 @click.pass_obj
 def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
-    """Wait until jobs (none named: all) have settled; exit 0 only if all completed."""
+    """Wait until jobs (none named: all) have settled. Exit 0 only if all completed."""
     seqs = [database.find(place.db, id) for id in ids]
     deadline, told = time.monotonic() + (math.inf if timeout is None else timeout), False
     start = "\r\x1b[K" if sys.stderr.isatty() else ""  # of a line, in place of the progress
@@ -573,8 +573,9 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
         total = found["total"]
         left = total - sum(found[state] for state in database.SETTLED)
         if start:
-            line = f"{start}{total - left} of {total} settled, {found['processing']} running"
-            click.echo(line, nl=not left, err=True)
+            running = found["processing"]
+            line = f"{total - left} of {total} settled, {running} running, {left - running} waiting"
+            click.echo(start + line, nl=not left, err=True)
         if not left:
             break
         if not told and not place.hands.live_workers(place.db):
@@ -586,14 +587,15 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
             raise database.QueueError(f"after {after} {left} of {plural(total, 'job')} not settled")
         time.sleep(min(pause, rest))
     if found["completed"] != total:
-        raise database.QueueError(f"{found['dead']} dead, {found['cancelled']} cancelled")
+        told = f"{found['dead']} dead, {found['cancelled']} cancelled"
+        raise database.QueueError(f"{told}; `list` shows them")
 
 
 @cli.command()
 @click.argument("ids", nargs=-1, required=True)
 @click.pass_obj
 def cancel(place: Place, ids: tuple[str, ...]) -> int:
-    """Cancel jobs: a waiting one at once, a running one with its whole process tree."""
+    """Cancel jobs. A waiting one at once, a running one with its whole process tree."""
     running, failed, settings = [], False, place.settings
     for seq in dict.fromkeys([database.find(place.db, id) for id in ids]):
         try:
@@ -630,7 +632,7 @@ def dlq_list(context: click.Context, **options: Any) -> None:
 @click.option("--all", "all_dead", is_flag=True, help="Every dead job.")
 @click.pass_obj
 def dlq_retry(place: Place, ids: tuple[str, ...], all_dead: bool) -> None:
-    """Start dead jobs over: pending, due now, no attempts used, history kept."""
+    """Start dead jobs over. Pending, due now, no attempts used, history kept."""
     if bool(ids) == all_dead:
         raise BadInput("give the IDs of dead jobs, or --all")
     seqs = None if all_dead else list(dict.fromkeys(database.find(place.db, id) for id in ids))
@@ -644,7 +646,7 @@ def setting_text(value: float | str, keep: str = "") -> str:
 
 
 @cli.command("config", context_settings={"ignore_unknown_options": True})
-@click.argument("words", nargs=-1, metavar="[get [KEY] | list | set KEY VALUE | KEY VALUE]")
+@click.argument("words", nargs=-1, metavar="[get [KEY]|list|[set] KEY VALUE]")
 @json_option
 @click.pass_obj
 def configure(place: Place, words: tuple[str, ...], as_json: bool) -> None:
@@ -675,13 +677,13 @@ def configure(place: Place, words: tuple[str, ...], as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--older-than", type=duration, required=True, metavar="7d", help="By its end.")
+@click.option("--older-than", type=duration, required=True, metavar="7d", help="Ended so long ago.")
 @click.option("--state", "states", multiple=True, type=click.Choice(database.SETTLED))
 @click.option("--dry-run", is_flag=True, help="Only say how many.")
 @click.option("--vacuum", is_flag=True, help="Make the file small; who writes meanwhile waits.")
 @click.pass_obj
 def prune(place: Place, older_than: float, states: tuple, dry_run: bool, vacuum: bool) -> None:
-    """Remove settled jobs (dead ones only if --state names them) and their history."""
+    """Remove settled jobs and their history. Dead ones only if --state names them."""
     place.hands.take_turns(place.path)
     count, before, began = 0, time.time() - older_than, time.monotonic()
     for removed in database.prune(place.db, states or ("completed", "cancelled"), before, dry_run):
@@ -699,7 +701,7 @@ def prune(place: Place, older_than: float, states: tuple, dry_run: bool, vacuum:
 @click.option("--list", "listed", is_flag=True, help="Only name the scenes.")
 @click.option("--pause", is_flag=True, help="Wait for Enter between scenes.")
 def demo(names: tuple[str, ...], listed: bool, pause: bool) -> None:
-    """Show the queue at work, scene by scene, on a throw-away queue of its own.
+    """Show the queue at work. Scene by scene, on a throw-away queue of its own.
 
     \b
     queuectl.py demo --pause kill race
@@ -717,7 +719,7 @@ def demo(names: tuple[str, ...], listed: bool, pause: bool) -> None:
 @json_option
 @click.pass_obj
 def doctor(place: Place, as_json: bool) -> int:
-    """Check the file and the queue's own invariants; exit 1 if one is broken.
+    """Check the file and the queue's own invariants. Exit 1 if one is broken.
 
     Below each stands what would break it.
     """

@@ -121,8 +121,8 @@ class Supervisor:
         self.fatal = ""  # why there is no point in going on
         self.trouble = ""  # what was said last of a database that cannot be used
         self.busy = self.told = False  # whether jobs of ours run; whether it was said that we leave
-        self.looked_at = 0.0  # the last look; and not before: the next heartbeat, the next fork
-        self.beat_at = self.spawn_at = 0.0
+        self.looked_at = 0.0  # when we last looked
+        self.beat_at = self.spawn_at = 0.0  # when the next heartbeat, the next fork may be
         self.db, self.file, self.seen = None, None, None  # seen: its data_version at the last look
 
     def run(self) -> None:
@@ -977,7 +977,7 @@ def ask(*command: str) -> str:
 
 
 def is_here(row: Any) -> bool:
-    """Say whether a row is of this machine: of this boot, or, since a reboot, of this name."""
+    """Say whether a row is of this machine: of this boot or, if older, of this host name."""
     return row["boot"] == boot_id() or row["host"] == os.uname().nodename
 
 

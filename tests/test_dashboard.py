@@ -409,7 +409,7 @@ def test_dead_jobs_are_retried_one_or_all(window: Window) -> None:
     assert window.queue.states()["pending"] == 1 and window.queue.state("a") == "pending"
     assert window.post("/api/retry", all=True) == (200, {"retried": 2})
     code, found = window.post("/api/retry", id="w")
-    assert code == 409 and found["error"] == 'job "w" is completed, not dead'
+    assert code == 409 and found["error"] == 'job "w" is completed, not dead: nothing was changed'
     for body in ({"id": "x"}, {"id": 7}, {}, {"all": "yes"}):
         assert window.post("/api/retry", **body)[0] == 409, body
 

@@ -814,7 +814,7 @@ def test_a_job_has_not_waited_since_before_it_was_there(db):
 
 
 SENTENCES = [
-    (dict(state="pending"), "pending, waits for a free worker"),
+    (dict(state="pending"), "pending, waits for a worker"),
     (dict(state="pending", run_at=NOW + 125), "pending, due in 2 min 5 s"),
     (dict(state="processing", attempts=2), "run 2 of 4, on w1 for 7.5 s"),
     (

@@ -196,13 +196,13 @@ hi
 oops
 $ wait good
 $ wait good bad
-! Error: 1 dead, 0 cancelled
+! Error: 1 dead, 0 cancelled; `list` shows them
 [1]
 $ dlq list
 ID   STATE  ATTEMPTS  ERROR            COMMAND
 bad  dead   2         exit code 3: no  echo no >&2; exit 3
 $ dlq retry good
-! Error: job "good" is completed, not dead
+! Error: job "good" is completed, not dead: nothing was changed
 [1]
 $ dlq retry bad
 1 job pending again
@@ -237,7 +237,7 @@ KEY                 VALUE  MEANING
 max_retries         5      times a failed job is run again
 backoff_base        0.05   seconds, raised to the attempt number
 backoff_jitter      0      share of backoff_base added at random
-max_backoff_s       3600   cap on the power
+max_backoff_s       3600   longest backoff, before jitter
 job_timeout_s       1.5    seconds a run may take; 0: no limit
 kill_grace_s        1      seconds between SIGTERM and SIGKILL
 lock_timeout_s      30     a worker silent for so long is lost
@@ -863,10 +863,10 @@ def test_who_wants_no_colours_has_none(tmp_path: Path, name: str, value: str) ->
 
 def test_wait_status_and_list_know_a_terminal(standing: Queue) -> None:
     code, shown = on_terminal(standing, "wait", "good")
-    assert (code, shown) == (0, "\r\x1b[K1 of 1 settled, 0 running\r\n")
+    assert (code, shown) == (0, "\r\x1b[K1 of 1 settled, 0 running, 0 waiting\r\n")
     code, shown = on_terminal(standing, "wait", "later", "--timeout", "0s")
     assert code == 1 and shown.split("\r\x1b[K")[1:] == [
-        "0 of 1 settled, 0 running",
+        "0 of 1 settled, 0 running, 1 waiting",
         "no worker is running; `worker start` starts one\r\n",
         "Error: after 0 ms 1 of 1 job not settled\r\n",
     ]
@@ -901,10 +901,6 @@ def test_the_workers_lines_are_coloured_on_a_terminal_only(queue: Queue) -> None
 # --- files and places ------------------------------------------------------------------------
 
 
-def test_the_option_db_beats_the_environment(tmp_path: Path) -> None:
-    queue = Queue(tmp_path)
-    queue.run("--db", "other.db", "--config", "other.json", "init", check=0)
-    queue.run("--db", "x.db", "--config", "other.json", "config", "max-retries", "7", check=0)
 def test_without_click_it_says_what_to_do() -> None:
     words = [sys.executable, "-S", QUEUECTL[1], "init"]  # -S: without what is installed
     done = subprocess.run(words, capture_output=True, text=True)
@@ -912,6 +908,10 @@ def test_without_click_it_says_what_to_do() -> None:
     assert "click is missing: activate the .venv" in done.stderr
 
 
+def test_the_option_db_beats_the_environment(tmp_path: Path) -> None:
+    queue = Queue(tmp_path)
+    queue.run("--db", "other.db", "--config", "other.json", "init", check=0)
+    queue.run("--db", "x.db", "--config", "other.json", "config", "max-retries", "7", check=0)
     assert sorted(os.listdir(tmp_path)) == ["other.db", "other.json"]
     assert json.loads((tmp_path / "other.json").read_text())["max_retries"] == 7
 
@@ -990,6 +990,7 @@ def test_logs_choose_the_attempt_and_the_stream(standing: Queue) -> None:
     assert logs("good", "--stderr", "--stdout") == logs("good")
     assert logs("flaky") == logs("flaky", "--attempt", "2") == "--- stdout ---\nsecond\n"
     assert logs("flaky", "--attempt", "1") == ""
+    assert standing.json("logs", "flaky")["job"] == "flaky"
     cut = "[... 1808 bytes cut ...]\n"
     assert logs("long", "--stdout") == cut + ("123456789\n" * 1000)[-8192:]
     assert standing.job("long")["stdout"] == logs("long", "--stdout")
@@ -1095,9 +1096,11 @@ def test_workers_in_the_background_are_listed_cancelled_under_and_stopped(queue:
     assert stopped.stderr.splitlines()[0].endswith("for 1 running job; --now puts them back")
     cancelled = queue.run("cancel", "slow", check=0)
     assert cancelled.stdout == "slow cancelled\n"
-    assert queue.run("worker", "stop", check=0).stdout.endswith("left\n")
+    assert queue.run("worker", "stop", check=0).stdout.endswith("stopped\n")
     assert queue.json("worker", "list") == []
-    assert queue.run("wait", "slow", check=1).stderr == "Error: 0 dead, 1 cancelled\n"
+    assert queue.run("wait", "slow", check=1).stderr == (
+        "Error: 0 dead, 1 cancelled; `list` shows them\n"
+    )
 
 
 # --- --explain -------------------------------------------------------------------------------

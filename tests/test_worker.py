@@ -365,7 +365,10 @@ def test_workers_are_stopped_from_another_terminal(queue: Queue) -> None:
     assert told.endswith("; --now does not wait for jobs")
     eventually(lambda: len(queue.workers()) == 1, "the idle worker has left")
     go(queue)
-    assert queue.run("worker", "stop", check=0).stdout in ("0 workers left\n", "1 worker left\n")
+    assert queue.run("worker", "stop", check=0).stdout in (
+        "0 workers stopped\n",
+        "1 worker stopped\n",
+    )
     assert supervisor.wait(timeout=DEADLINE_S) == 0
     assert queue.job("a")["stdout"] == "done\n"
 
@@ -374,13 +377,13 @@ def test_all_workers_of_all_supervisors_are_stopped_at_once(queue: Queue) -> Non
     enqueue(queue, "a", UNTIL_GO)
     supervisors = [queue.start(), queue.start(count=2)]
     begun(queue)
-    assert queue.run("worker", "stop", "--now", check=0).stdout.endswith("3 workers left\n")
+    assert queue.run("worker", "stop", "--now", check=0).stdout.endswith("3 workers stopped\n")
     assert [each.wait(timeout=DEADLINE_S) for each in supervisors] == [0, 0]
     assert not any("leaving" in each.log.read_text() for each in supervisors), "it did not wait"
     assert (queue.state("a"), queue.job("a")["attempts"]) == ("pending", 0)
     # One put back by the first supervisor may be taken up by the second before it hears of it.
     assert set(runs(queue, "a")) == {("stopped", "stopped with its worker; not counted")}
-    assert queue.run("worker", "stop", check=0).stdout == "0 workers left\n"
+    assert queue.run("worker", "stop", check=0).stdout == "0 workers stopped\n"
 
 
 def test_a_queue_is_drained_to_the_last_retry(queue: Queue) -> None:
@@ -400,7 +403,7 @@ def test_workers_go_to_the_background(queue: Queue) -> None:
     assert len(rows) == 2 and os.getsid(pid) == pid
     enqueue(queue, "a", "true")
     reaches(queue, "a", "completed")
-    assert queue.run("worker", "stop", check=0).stdout == "2 workers left\n"
+    assert queue.run("worker", "stop", check=0).stdout == "2 workers stopped\n"
     assert "completed  a" in Path(log).read_text()
     eventually(lambda: worker.process_birth(pid) is None)
 
