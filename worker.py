@@ -197,10 +197,9 @@ class Supervisor:
                 self.told = True
                 text = "when the running jobs have ended; Ctrl+C again puts them back"
                 self.say("supervisor", self.pid, "leaving", text)
-            for pid, child in self.children.items():
-                if child.exitcode is None:  # alive, or not reaped: this pid is still the child's
-                    send(pid, signal.SIGTERM)
-                    send(pid, signal.SIGCONT)  # a stopped one would never hear it
+            # Who is alive, or not reaped: so long the pid is still the child's.
+            alive = [pid for pid, child in self.children.items() if child.exitcode is None]
+            push(alive, set(), hard=False)
         while not self.stopping and len(self.children) < self.count:
             if time.monotonic() < self.spawn_at:
                 return
@@ -211,7 +210,10 @@ class Supervisor:
             pipes: list[int] = []
             try:
                 active_children()  # closes those of the dead, whose numbers would come first
-                pipes = next_handles(4)
+                for _ in range(2):  # the numbers that those of multiprocessing will have
+                    pipes += os.pipe()
+                for handle in pipes:
+                    os.close(handle)
                 child = get_context("fork").Process(target=work, args=(self,), daemon=True)
                 child.start()
                 self.children[child.pid] = child
@@ -1037,18 +1039,6 @@ def await_signals() -> tuple[int, list[int]]:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, lambda number, _: come.append(number))
     return ends[0], come
-
-
-def next_handles(count: int) -> list[int]:
-    """Return the numbers that the next files to be opened will have."""
-    handles: list[int] = []
-    try:
-        while len(handles) < count:
-            handles.append(os.open(os.devnull, os.O_RDONLY))
-    finally:
-        for handle in handles:
-            os.close(handle)
-    return handles
 
 
 def readable(handles: Iterable[int], span_s: float) -> list[int]:
