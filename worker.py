@@ -123,7 +123,7 @@ class Supervisor:
         self.busy = self.told = False  # whether jobs of ours run; whether it was said that we leave
         self.looked_at = 0.0  # when we last looked
         self.beat_at = self.spawn_at = 0.0  # when the next heartbeat, the next fork may be
-        self.db, self.file, self.seen = None, None, None  # seen: its data_version at the last look
+        self.db, self.file = None, None
 
     def run(self) -> None:
         """Work until told to stop or, draining, until nothing is left to do."""
@@ -179,13 +179,7 @@ class Supervisor:
         # Those of the dead that are being settled stay ready: waiting on them would be spinning.
         ending = {each.worker["pid"] for each in self.endings.values()}
         sentinels = [child.sentinel for pid, child in self.children.items() if pid not in ending]
-        handles = [*sentinels, self.wake]
-        if self.busy or self.endings:
-            readable(handles, BUSY_TICK_S)
-        elif not readable(handles, IDLE_TICK_S) and time.monotonic() + IDLE_TICK_S < self.beat_at:
-            with suppress(database.SQLiteError):  # the next look meets the same, and says it
-                if self.db and database.data_version(self.db) == self.seen:
-                    readable(handles, IDLE_TICK_S)  # a look could only show a death elsewhere
+        readable([*sentinels, self.wake], BUSY_TICK_S if self.busy or self.endings else IDLE_TICK_S)
         drained(self.wake)
 
     def keep_count(self) -> None:
@@ -297,7 +291,6 @@ class Supervisor:
                 send(pid, signal.SIGKILL)
 
     def tick(self, db: Any, now: float, mono: float) -> None:
-        self.seen = database.data_version(db)
         workers = database.workers(db)
         self.end_stopped(workers, mono)
         workers = [row for row in workers if is_here(row)]
