@@ -115,7 +115,6 @@ class Supervisor:
         self.endings: dict[str, Ending] = {}  # by the worker's name
         self.silences: dict[int, tuple[float, float]] = {}  # supervisor: (heartbeat, silent for)
         self.stopped_at: dict[int, float] = {}  # pid: since when it was seen stopped
-        self.killed: dict[int, str] = {}  # pid: why, of those that were stopped for too long
         # A signal, or 1: finish the running jobs and leave; 2: put them back now; 3: without grace.
         self.signals, self.asked = [], 0
         self.fatal = ""  # why there is no point in going on
@@ -272,28 +271,8 @@ class Supervisor:
                 self.reap(pid)  # what it held waits in the database for the next supervisor
             time.sleep(IDLE_TICK_S)
 
-    def end_stopped(self, workers: Iterable[Any], mono: float) -> None:
-        """Kill who has been stopped (SIGSTOP) for longer than it may be silent: our workers, and
-        those that nobody else would end. One may have the lock without which none can be judged."""
-        limit_s = self.settings["lock_timeout_s"]
-        # Until its exit code is known the pid is the child's own.
-        limits = {pid: limit_s for pid, child in self.children.items() if child.exitcode is None}
-        for row in workers:
-            if row["supervisor"] != self.id and is_alive(row):
-                watched = is_alive(row, "supervisor_") and not is_stopped(row["supervisor_pid"])
-                if not watched and not works_elsewhere(row["pid"], self.path):
-                    limits[row["pid"]] = row["lock_timeout_s"]
-        for pid, limit_s in limits.items():
-            if not is_stopped(pid):
-                self.stopped_at.pop(pid, None)
-            elif (silent := mono - self.stopped_at.setdefault(pid, mono)) > limit_s:
-                self.killed[pid] = f": silent for {duration_text(silent)}"
-                send(pid, signal.SIGKILL)
-
     def tick(self, db: Any, now: float, mono: float) -> None:
-        workers = database.workers(db)
-        self.end_stopped(workers, mono)
-        workers = [row for row in workers if is_here(row)]
+        workers = [row for row in database.workers(db) if is_here(row)]
         self.busy = False
         for row in workers:
             mine = row["supervisor"] == self.id
@@ -311,7 +290,8 @@ class Supervisor:
             elif ending.far and ending.far.tries and self.stopping > 2:
                 self.reap(ending.worker["pid"])  # leave it, as it is, to the next supervisor
         for pid in self.children.keys() - {row["pid"] for row in workers}:
-            if self.stopping > 1 and self.children[pid].exitcode is None:
+            over_it = self.stopped_for(pid, mono) > self.settings["lock_timeout_s"]
+            if (over_it or self.stopping > 1) and self.children[pid].exitcode is None:
                 send(pid, signal.SIGKILL)
             self.reap(pid)  # ended before it could register: it holds nothing
         # So far it has only read, for on a full disk, too, a run must not exceed its time.
@@ -354,6 +334,12 @@ class Supervisor:
         """Say why this worker's session is to be ended: (outcome, error, run), or None."""
         child = self.children.get(row["pid"]) if mine else None
         others = not mine and is_alive(row, "supervisor_")
+        watched = others and not is_stopped(row["supervisor_pid"])
+        stopped = 0.0 if watched else self.stopped_for(row["pid"], mono)
+        # It may have the lock, without which no heartbeat comes: so none is waited for.
+        if stopped > row["lock_timeout_s"] and is_alive(row):
+            if not works_elsewhere(row["pid"], self.path):
+                return "failed", f"worker lost: silent for {duration_text(stopped)}", None
         # What another container of this machine does, only its supervisor's heartbeat tells.
         if others or is_hidden(row):
             heartbeat, silent = self.silences.get(row["supervisor"], (None, 0.0))
@@ -362,7 +348,7 @@ class Supervisor:
             return None  # its supervisor's to judge: it alone knows why it ended this worker
         if child.exitcode is not None if child else not is_alive(row):
             cause = f": {signal_text(child.exitcode)}" if child and child.exitcode < 0 else ""
-            return "failed", f"worker lost{self.killed.pop(row['pid'], cause)}", None
+            return "failed", f"worker lost{cause}", None
         if max(row["stop"], self.stopping if mine else 0) > 1:
             return *NOT_COUNTED, None
         if row["cancelling"]:
@@ -373,6 +359,13 @@ class Supervisor:
         if late and (children(row["pid"]) or len(session_members(row["pid"])) > 1):
             return "failed", f"timed out after {duration_text(row['timeout_s'])}", row["run"]
         return None
+
+    def stopped_for(self, pid: int, mono: float) -> float:
+        """Return for how long a process has been seen stopped (SIGSTOP)."""
+        if is_stopped(pid):
+            return mono - self.stopped_at.setdefault(pid, mono)
+        self.stopped_at.pop(pid, None)
+        return 0.0
 
     def emptied(self, ending: Ending, mono: float) -> bool:
         """Push a session towards its end; say whether no process of it is left: the fence."""
