@@ -1176,13 +1176,11 @@ def check(db: Connection, path: str) -> Iterator[tuple[str, str, str]]:
             error = f" {problem}"
         return (where + ", ".join(rows) if rows else "") + error
 
-    damage = found("PRAGMA integrity_check(5)")
-    if damage != "ok":  # it stops at some kinds of damage before it has named the place
-        names = "SELECT name FROM sqlite_master WHERE type = 'table'"
-        tables = [name for (name,) in db.execute(names)]
-        hurt = [name for name in tables if found(f"PRAGMA quick_check({name})") != "ok"]
-        damage = f"in {', '.join(hurt) or 'its unused pages'}: {damage.strip()}"
-    damage = "" if damage == "ok" else damage
+    damage = found("PRAGMA integrity_check(5)").strip().removeprefix("ok")
+    if damage:  # it stops at some kinds of damage before it has named the place
+        tables = db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        hurt = [name for (name,) in tables if found(f"PRAGMA quick_check({name})") != "ok"]
+        damage = f"in {', '.join(hurt) or 'its unused pages'}: {damage}"
     cause = "a failing disk, or a copy of queue.db without its -wal"
     yield "the file is whole (PRAGMA integrity_check)", damage, cause
     version = identity(db)[1]
