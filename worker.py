@@ -172,7 +172,7 @@ class Supervisor:
 
     @property
     def stopping(self) -> int:
-        return max(len(self.signals), self.asked)
+        return max(len(self.signals), self.asked, bool(self.fatal))
 
     def sleep(self) -> None:
         # Those of the dead that are being settled stay ready: waiting on them would be spinning.
@@ -232,7 +232,7 @@ class Supervisor:
             file = os.stat(self.path)[1:3]  # inode and device
         if file is None or self.file not in (None, file):
             what = "is gone" if file is None else "was replaced"
-            self.asked, self.fatal = max(self.asked, 1), f"{self.path} {what}: leaving"
+            self.fatal = f"{self.path} {what}: leaving"
             raise QueueError(self.fatal)
         if self.db is None:
             patience_s = database.BUSY_TIMEOUT_S
@@ -260,7 +260,7 @@ class Supervisor:
                 self.trouble = text
                 self.say("supervisor", self.pid, "trouble", text)
             if database.is_damage(error):
-                self.asked, self.fatal = max(self.asked, 1), text
+                self.fatal = text
             hopeless = self.fatal or self.stopping > 1  # it cannot be recorded, but can be ended
             ending = {each.worker["pid"] for each in self.endings.values()}
             for pid in list(self.children) if self.stopping else []:
@@ -431,7 +431,7 @@ class Supervisor:
             return None
         del self.children[pid]
         if child.exitcode == DAMAGED:
-            self.asked, self.fatal = max(self.asked, 1), f"{self.path} is damaged; see `doctor`"
+            self.fatal = f"{self.path} is damaged; see `doctor`"
         if child.exitcode == 1:  # a worker that fails by itself is not replaced in a hurry
             self.spawn_at = time.monotonic() + 1
         return child.exitcode
@@ -898,12 +898,10 @@ def session_members(session: int) -> list[int]:
         linux = sys.platform == "linux"
         names = os.listdir("/proc") if linux else ask("ps", "-axo", "pid=").split()
         for pid in [int(name) for name in names if name.isdigit()]:
-            try:
+            with suppress(OSError):  # it has just gone
                 itself = pid == session == os.getpid()
                 if os.getsid(pid) == session and not itself and process_status(pid):
                     members.append(pid)
-            except OSError:
-                pass  # it has just gone
         if members:
             break
     return members
@@ -951,13 +949,11 @@ def process_status(pid: int) -> Any:
     if sys.platform != "linux":
         state, _, birth = ask("ps", "-o", "stat=,lstart=", "-p", str(pid)).partition(" ")
         return None if state[:1] in ("", "Z") else {0: state[0], 19: birth.strip()}
-    try:
-        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
-            status = file.read().rpartition(b")")[2].decode().split()
-    except OSError:
-        return None
-    # A program whose first thread has ended looks like a zombie, but its other threads live on.
-    return None if status[0] in "ZX" and int(status[17]) < 2 else status
+    with suppress(OSError), open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+        status = file.read().rpartition(b")")[2].decode().split()
+        # A program whose first thread has ended looks like a zombie, but its other threads live on.
+        return None if status[0] in "ZX" and int(status[17]) < 2 else status
+    return None
 
 
 def ask(*command: str) -> str:
