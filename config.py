@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
 
 DEFAULT_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
@@ -59,6 +59,11 @@ SET_BY_QUEUE = frozenset(
 )
 ID_LIMIT = 128
 
+# Of ISO 8601: a date, a time, its offset; with all separators or without.
+MOMENT = r"""(?ax)(?P<year>\d{4}) (-?) (?P<month>\d\d) \2 (?P<day>\d\d)
+    (?: [Tt\ ] (?P<hour>\d\d) (?: (:?) (?P<minute>\d\d) (?: \6 (?P<second>\d\d)
+    (?: [.,] (?P<fraction>\d{1,6}) \d*)? )? )?
+    \s* (?: [Zz] | (?P<hours>[+-]\d\d) (?: :? (?P<minutes>[0-5]\d))? )? )?"""
 # {id} in a launcher, but not what a shell reads: ${id}, {a,b}, { print; }, {{.ID}}.
 PLACEHOLDER = r"(?<!\$)\{(\w+)\}"
 # As a shell sees a line: escapes, comments, quotes.
@@ -257,8 +262,8 @@ def check_number(name: str, value: Any) -> float:
 
 def check_time(name: str, value: Any) -> float:
     """Return Unix seconds from Unix seconds or an ISO 8601 date; no offset means UTC."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{9,}([.][0-9]+)?", value):
-        value = float(value)  # fewer digits are rather a date or a time of day: 20300131, 1830
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{9,11}([.][0-9]+)?", value):
+        value = float(value)  # other numbers are rather dates: 20300131, 203001311200
     if type(value) not in (int, float, str):
         raise BadInput(f'"{name}" must be a date or Unix seconds, not {json_kind(value)}')
     if type(value) is not str:
@@ -266,14 +271,12 @@ def check_time(name: str, value: Any) -> float:
             raise BadInput(f'"{name}" {value!s:.40} is no time in Unix seconds')
         return float(value)
     try:
-        # Python 3.10 knows no Z, +01 or +0100, and of a fraction 3 or 6 digits.
-        text = re.sub("[zZ]$", "+00:00", check_text(name, value).strip())
-        text = re.sub(r"[.,](\d{1,6})\d*", lambda match: f".{match[1]:0<6}", text)
-        zone = r"([Tt ].*[+-]\d\d)(\d\d)?$"
-        text = re.sub(zone, lambda match: f"{match[1]}:{match[2] or '00'}", text)
-        moment = datetime.fromisoformat(text)
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=timezone.utc)
+        # datetime.fromisoformat would take 12.5 for half a second past noon, and any sign for a T.
+        found = re.fullmatch(MOMENT, check_text(name, value).strip()).groupdict("0")
+        hours, minutes, fraction = found.pop("hours"), found.pop("minutes"), found.pop("fraction")
+        offset = timedelta(hours=int(hours), minutes=int(hours[0] + minutes))
+        fields = {key: int(digits) for key, digits in found.items()}
+        moment = datetime(**fields, microsecond=int(f"{fraction:0<6}"), tzinfo=timezone(offset))
         return check_time(name, moment.timestamp())
     except (ValueError, OverflowError):
         told = "is no date; write it like 2030-01-31T12:00:00Z"

@@ -288,7 +288,10 @@ def test_a_relative_directory_is_beside_the_caller_and_the_tilde_is_home(monkeyp
 FORMS_OF_NOON = """2030-01-31T12:00:00Z, 2030-01-31T12:00:00z, 2030-01-31T12:00:00.000Z,
     2030-01-31T12:00:00, 2030-01-31 12:00, 2030-01-31T14:30:00+02:30, 2030-01-31T00:00-12:00,
     2030-01-31T21:00:00+0900, 2030-01-31 10:30:00-0130, 2030-01-31 12:00:00+00,
-    2030-01-31T14:00+02"""
+    2030-01-31T14:00+02, 20300131T120000Z, 2030-01-31T12"""
+NO_MOMENTS = """2030-01-31T12.5Z, 2030-01-31T12:30.5Z, 2030-01-31+05:00, 2030-01-31-05,
+    2030-01-31x12:00, 2030-01-31T12:00:00.5.5Z, 203001311200, 2030-01-31T12:00+24:00,
+    2030-0131, 2030-02-29, 2030-01-31T12:0000, 2030-01-31T12:00+02:60, \u0662030-01-31"""
 
 
 def test_a_time_is_unix_seconds_or_iso_8601_and_utc_unless_it_says_otherwise(monkeypatch):
@@ -300,10 +303,17 @@ def test_a_time_is_unix_seconds_or_iso_8601_and_utc_unless_it_says_otherwise(mon
         assert check(run_at="2030-01-31")["run_at"] == NOON - 43_200
         assert check(run_at="2030-01-31T12:00:00.250Z")["run_at"] == NOON + 0.25
         assert check(run_at="2030-01-31T12:00:00.5Z")["run_at"] == NOON + 0.5
+        assert check(run_at="2030-01-31T12:00:00,5Z")["run_at"] == NOON + 0.5
         assert check(run_at="2030-01-31T12:00:00.250000999Z")["run_at"] == NOON + 0.25
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+@pytest.mark.parametrize("text", [text.strip() for text in NO_MOMENTS.split(",")])
+def test_what_only_looks_like_a_time_is_refused_and_not_taken_for_another(text):
+    with pytest.raises(BadInput, match=r'^"run_at" .* is no (date|time)'):
+        check(run_at=text)
 
 
 def test_a_printed_record_pasted_back_is_taken_and_what_the_queue_sets_is_reported():
