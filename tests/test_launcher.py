@@ -108,6 +108,8 @@ def test_a_stop_line_needs_no_command_but_known_places(queue):
         'ssh far "x {command}"',
         "# runs {command}\nsh -c {command}",
         'sh -c "echo {command}',
+        "sh -c 'echo $(date) {id}; sh -c \"$1\"' sh {command}",
+        "echo `sh -c {command}`",
     ],
 )
 def test_a_place_inside_of_quotes_is_refused_for_the_value_has_its_own(queue, line):
