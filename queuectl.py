@@ -39,8 +39,8 @@ from database import duration_text, plural
 
 LIVE_BYTES = 2**20  # of a running job's output, read at one look
 COLOURS = {"completed": "green", "failed": "yellow", "dead": "red", "lost": "red", "trouble": "red"}
-# Colours are not wanted (https://no-color.org), or not understood.
-PLAIN = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+DUMB = os.environ.get("TERM") == "dumb"  # a terminal that has no cursor to move
+PLAIN = DUMB or bool(os.environ.get("NO_COLOR"))  # no colours: https://no-color.org
 LAYOUT = "\n\t"  # what may stay of UNSAFE in the output of a job
 # What a terminal would obey instead of showing: controls, and characters that turn text round.
 UNSAFE = "[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\u061c\ud800-\udfff]"
@@ -317,7 +317,7 @@ def file_lines(path: str) -> Iterator[str]:
     try:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
             size = os.fstat(file.fileno()).st_size
-            shown = size and sys.stderr.isatty()
+            shown = size and sys.stderr.isatty() and not DUMB
             steps = {"length": size, "file": sys.stderr, "update_min_steps": size // 200}
             with click.progressbar(**steps) if shown else nullcontext() as bar:
                 for line, raw in enumerate(file, 1):
@@ -403,7 +403,7 @@ def status(place: Place, watch: bool, as_json: bool) -> None:
     while True:
         workers = len(place.hands.live_workers(place.db))
         found = database.summary(place.db, time.time(), workers)
-        if watch and sys.stdout.isatty():
+        if watch and sys.stdout.isatty() and not DUMB:
             click.clear()
         if as_json:
             emit(found)
@@ -565,7 +565,7 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
     """Wait until jobs (none named: all) have settled. Exit 0 only if all completed."""
     seqs = [database.find(place.db, id) for id in ids]
     deadline, told = time.monotonic() + (math.inf if timeout is None else timeout), False
-    start = "\r\x1b[K" if sys.stderr.isatty() else ""  # of a line, in place of the progress
+    start = "\r\x1b[K" if sys.stderr.isatty() and not DUMB else ""  # for another line
     while True:
         began = time.monotonic()
         found = database.counts(place.db, seqs)

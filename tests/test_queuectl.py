@@ -861,6 +861,15 @@ def test_who_wants_no_colours_has_none(tmp_path: Path, name: str, value: str) ->
     assert "  dead       " in shown[0]
 
 
+def test_a_dumb_terminal_is_sent_no_cursor_control(tmp_path: Path) -> None:
+    queue = Queue(tmp_path)
+    (tmp_path / "jobs").write_text("true\n" * 20_000)
+    for words in (["enqueue", "--file", "jobs", "--lines"], ["wait", "--timeout", "0s"]):
+        for term in ("xterm", "dumb"):
+            queue.environment["TERM"] = term
+            assert ("\x1b[" in on_terminal(queue, *words)[1]) == (term == "xterm"), words
+
+
 def test_wait_status_and_list_know_a_terminal(standing: Queue) -> None:
     code, shown = on_terminal(standing, "wait", "good")
     assert (code, shown) == (0, "\r\x1b[K1 of 1 settled, 0 running, 0 waiting\r\n")
