@@ -375,7 +375,7 @@ class Handler(BaseHTTPRequestHandler):
             if not self.is_let_in(url.path, changes):
                 self.send(403, REFUSAL)
             elif url.path not in routes:
-                self.send(404, b"404: there is nothing here\n")
+                self.send(404 if routes else 405, b"there is nothing here\n")
             else:
                 self.body = self.read_body() if changes else {}
                 with self.server.lock:

@@ -756,6 +756,8 @@ def dashboard(place: Place, port: int, host: str, opening: bool) -> None:
 
     from dashboard import Server
 
+    if not host:
+        raise BadInput("--host is empty; for all addresses write 0.0.0.0")
     place.db.close()  # made if need be; the window opens its own
     server = Server(place.path, host, port, place.hands, place.settings, print_remark)
     wake, _ = place.hands.await_signals()

@@ -165,6 +165,8 @@ def test_a_host_that_is_not_here_is_one_clear_line(queue: Queue) -> None:
     done = queue.run("dashboard", "--port", "0", "--host", "192.0.2.1", check=1)
     assert done.stderr.startswith("Error: cannot listen on 192.0.2.1") and done.stdout == ""
     assert "--port 0" not in done.stderr, "which would not help"
+    done = queue.run("dashboard", "--port", "0", "--host", "", check=2)
+    assert "--host is empty" in done.stderr, "an unset variable is no wish to listen to all"
 
 
 def test_listening_to_others_is_warned_of_and_then_a_number_is_no_foreign_name(
@@ -230,6 +232,9 @@ def test_nobody_is_let_in_without_the_token(window: Window, method: str) -> None
             answer = window.ask(path, method, **given)
             assert answer.status == 403, (path, given)
             assert window.token not in answer.text
+            if method not in ("GET", "POST"):
+                known = {"Authorization": f"Bearer {window.token}"}
+                assert window.ask(path, method, **known).status == 405
     assert window.ask("/?token=" + "x" * 43).status == 403
     assert window.ask("/api/jobs?token=" + window.token).status == 403, "only the page takes it so"
 
