@@ -279,7 +279,7 @@ def check_time(name: str, value: Any) -> float:
         fields = {key: int(digits) for key, digits in found.items()}
         moment = datetime(**fields, microsecond=int(f"{fraction:0<6}"), tzinfo=timezone(offset))
         return check_time(name, moment.timestamp())
-    except (ValueError, OverflowError):
+    except (AttributeError, ValueError, OverflowError):
         told = "is no date; write it like 2030-01-31T12:00:00Z"
         raise BadInput(f'"{name}" {value[:40]!a} {told}') from None
 

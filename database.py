@@ -323,7 +323,7 @@ def error_text(error: Exception, path: str) -> str:
         ("is full", "the disk is full: nothing was changed; make room and try again"),
         ("readonly", "it or its directory is read-only: nothing was changed; make both writable"),
         ("I/O", "cannot be read or written (disk I/O error); is the disk full, or broken?"),
-        ("unable to open", "cannot be opened; is its directory there and writable?"),
+        ("unable to open", "cannot be opened; is its directory there, and may you write both?"),
         ("is locked", "was locked by another process for too long; try again"),
         ("", f"SQLite says: {error}; `doctor` tells more"),
     ):

@@ -142,7 +142,7 @@ class Supervisor:
         make_run_directory(self.path)
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if 2 * self.count + 32 > files:
-            needed = f"{self.count} workers need {2 * self.count + 32} open files"
+            needed = f"--count {self.count} needs {2 * self.count + 32} open files"
             raise QueueError(f"{needed}, the limit is {files}; raise it with ulimit -n")
         self.wake, self.signals = await_signals()
         self.try_stop_line()
@@ -466,13 +466,14 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
             db = settler.queue()
             left = [row for row in database.supervisors(db) if row["id"] in asked]
             left += [row for row in database.workers(db) if row["supervisor"] in asked]
-            left = [row["pid"] for row in left if is_here(row)]
+            left = [row for row in left if is_here(row)]
             if not left:
                 return len(rows)
             if deadline is not None and time.monotonic() >= deadline:
-                pids, after = ", ".join(map(str, left)), duration_text(timeout_s)
-                hint = "" if now else "; --now does not wait for jobs"
-                raise QueueError(f"still there after {after}: pid {pids}{hint}")
+                pids = ", ".join(str(row["pid"]) for row in left if is_alive(row))
+                who = f"pid {pids}" if pids else "what a run has left elsewhere"
+                hint = "" if now or not pids else "; --now does not wait for jobs"
+                raise QueueError(f"still there after {duration_text(timeout_s)}: {who}{hint}")
             time.sleep(0.05)
 
 

@@ -345,6 +345,8 @@ def test_who_cannot_wait_for_a_stop_line_leaves_it_to_the_next_supervisor(far):
     eventually(pressed, "Ctrl+C, again and again, makes it leave")
     assert "stop 1" in ledger(far), "it was tried"
     assert far.state("a") == "processing"
+    said = far.run("worker", "stop", "--timeout", "1s", check=1).stderr
+    assert said.endswith("still there after 1.0 s: what a run has left elsewhere\n"), "no dead pids"
     (far.folder / "refuse").unlink()
     far.start()
     second_run_is_alone(far)
