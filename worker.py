@@ -552,14 +552,14 @@ def work(supervisor: Supervisor) -> None:
     """The life of one worker process: claim, run, record, until told to leave."""
     os.setsid()  # no terminal either: Ctrl+C reaches the supervisor alone
     # SIGTERM alone is for us; but ignored, the others would be so in jobs.
-    wake, told = await_signals()
+    wake, signals = await_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     adopt_orphans()
     os.close(supervisor.lifeline_write)
     desk = take_a_desk(supervisor)
 
     def wanted() -> bool:
-        return not desk.flooded and signal.SIGTERM not in told and os.getppid() == supervisor.pid
+        return not desk.flooded and signal.SIGTERM not in signals and os.getppid() == supervisor.pid
 
     run = None
     while run or wanted():
