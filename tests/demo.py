@@ -92,8 +92,8 @@ def say(text: str = "", *style: str) -> None:
 
 
 def say_cut(text: str, *style: str) -> None:
-    """Print a line, cut to the width of the terminal."""
-    say(text if len(text) <= width() else text[: width() - len(CUT)] + CUT, *style)
+    """Print a line, cut to the width of the terminal: in the middle, for its end says the most."""
+    say(text if len(text) <= width() else text[: width() - 25] + CUT + text[-24:], *style)
 
 
 def draw(bars: list[Bar]) -> None:
@@ -561,7 +561,7 @@ def main() -> int:
         return 2
     if asked.list:
         for name, scene in SCENES.items():
-            say_cut(f"{name:<9} {' '.join(scene.__doc__.split())}")
+            say(f"{name:<9} {textwrap.shorten(scene.__doc__, width() - 10, placeholder=CUT)}")
         return 0
     listen()
     sys.stdout.reconfigure(errors="backslashreplace")
