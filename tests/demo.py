@@ -467,7 +467,7 @@ def race(on: Stage) -> None:
             for n, line in enumerate(on.lines("explained"))
             if "SET state" in line and "was faster" in line
         ]
-    told = "until they collided; lines come as statements end"
+    told = "until both reached for one job; lines come as statements end"
     say(f"    (typed {database.plural(tries, 'time')}, {told})", "dim")
     if lost:
         on.typed("grep claim explained")
