@@ -80,7 +80,8 @@ def main() -> int:
             click.echo(message, err=True)
         else:
             if isinstance(error, click.UsageError) and not isinstance(error, click.BadParameter):
-                message = f"{message.rstrip('.')} (see {error.ctx.command_path} --help)"
+                called = error.ctx.command_path if error.ctx else "queuectl.py"
+                message = f"{message.rstrip('.')} (see {called} --help)"
             complain(message, code)
     except (BadInput, config.BadFile) as error:
         code = complain(str(error), 2 if isinstance(error, BadInput) else 1)

@@ -443,6 +443,8 @@ BAD_CALLS = [
     (2, "give one of: a JOB, --command, --file", "enqueue '{}' --command true"),
     (2, "argument (hello) (see queuectl.py enqueue --help)", "enqueue echo hello"),
     (2, "No such command 'retry' (see queuectl.py --help)", "retry good"),
+    (2, "'--limit' requires an argument", "list --limit"),
+    (2, "'--ready' does not take a value", "list --ready=1"),
     (2, "--id goes with --command", "enqueue --id x '{}'"),
     (2, "--lines goes with --file", "enqueue --lines --command true"),
     (2, "give one of them", "enqueue --command true --delay 1s --run-at 0"),
