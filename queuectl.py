@@ -128,18 +128,19 @@ def emit_jobs(rows: Iterable[Any]) -> None:
 
 def table(head: list[str], rows: Iterable[Iterable[Any]]) -> None:
     """Print columns; on a terminal cut to its width: the first, an id, is whole, the others have
-    two fifths of it at most, the last what is left."""
+    a third of it at most, the last what is left."""
     texts = [[clean(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *texts)]
     if sys.stdout.isatty():
         import shutil
 
         columns = shutil.get_terminal_size().columns
-        widths[1:-1] = [min(width, columns * 2 // 5) for width in widths[1:-1]]
+        widths[1:-1] = [min(width, columns // 3) for width in widths[1:-1]]
         widths[-1] = max(20, columns - sum(widths[:-1]) - 2 * len(widths[:-1]))
     for row in [head, *texts]:
         cut = [c if len(c) <= width else c[: width - 3] + "..." for c, width in zip(row, widths)]
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(cut, widths)).rstrip())
+        cells = [cell.ljust(width) for cell, width in zip(cut, widths[:-1])]
+        click.echo("  ".join([*cells, cut[-1]]).rstrip())
 
 
 def print_event(who: str, pid: int, verb: str, text: str, to: Any = None) -> None:

@@ -889,10 +889,17 @@ def test_wait_status_and_list_know_a_terminal(standing: Queue) -> None:
     lines = on_terminal(standing, "list")[1].split("\r\n")
     assert max(map(len, lines)) == 80 and "\x1b" not in "".join(lines)  # cut, not wrapped
     assert next(line for line in lines if line.startswith("evil")).endswith("...")
-    lines = on_terminal(standing, "dlq", "list")[1].split("\r\n")
-    assert max(map(len, lines)) <= 80, "nor does a long error push the command out"
     code, shown = on_terminal(standing, "show", "nope")
     assert (code, shown) == (1, 'Error: no job "nope"; `list` shows those that are there\r\n')
+
+
+def test_a_long_error_does_not_push_the_command_over_the_edge(queue: Queue) -> None:
+    job = {"command": "ls /a/rather/long/path/that/is/not/there/nor/anywhere", "max_retries": 0}
+    queue.run("enqueue", json.dumps(job), check=0)
+    queue.drain()
+    head, row, _ = on_terminal(queue, "dlq", "list")[1].split("\r\n")
+    assert len(row) == 80 and row.count("...") == 2, row
+    assert row[head.index("COMMAND") :].startswith("ls /a/rather")
 
 
 def test_status_is_watched_by_people_not_by_programs(queue: Queue) -> None:
