@@ -67,7 +67,7 @@ MOMENT = r"""(?ax)(?P<year>\d{4}) (-?) (?P<month>\d\d) \2 (?P<day>\d\d)
 # {id} in a launcher, but not what a shell reads: ${id}, {a,b}, { print; }, {{.ID}}.
 PLACEHOLDER = r"(?<!\$)\{(\w+)\}"
 # As a shell sees a line: escapes, comments, quotes.
-QUOTED = r"""(?s)\\.|(?<!\S)\#[^\n]*|'[^']*'?|`[^`]*`?|"(?:\\.|[^"\\])*"?"""
+QUOTED = r"""(?s)\\.|(?<![^\s;&|()])\#[^\n]*|'[^']*'?|`[^`]*`?|"(?:\\.|[^"\\])*"?"""
 PLACES = ("command", "id", "attempt", "cwd")
 
 
@@ -158,8 +158,7 @@ def check_setting(name: str, value: Any) -> float | str:
         there_are = ", ".join(f"{{{word}}}" for word in PLACES)
         raise BadInput(f'"{name}" has {{{unknown[0]}}}; there are: {there_are}')
     for text in re.findall(QUOTED, value):
-        apart = text[0] == "\\" or (text[0] == '"' and "$(" in text)  # what is in $( ) is read anew
-        if not apart and (place := re.search(PLACEHOLDER, text)):
+        if text[0] != "\\" and (place := re.search(PLACEHOLDER, text)):
             told = "is in quotes or a comment: each value has its own; pass it on as an argument"
             raise BadInput(f"\"{name}\": {place[0]} {told} (sh -c '...' sh {place[0]})")
     if name == "launcher" and value and "command" not in found:

@@ -110,6 +110,9 @@ def test_a_stop_line_needs_no_command_but_known_places(queue):
         'sh -c "echo {command}',
         "sh -c 'echo $(date) {id}; sh -c \"$1\"' sh {command}",
         "echo `sh -c {command}`",
+        'sh -c {command}; : --name "$(hostname)-{id}"',
+        """sh -c {command} "$(grep '{id}' f)\"""",
+        "sh -c {command};# {id}",
     ],
 )
 def test_a_place_inside_of_quotes_is_refused_for_the_value_has_its_own(queue, line):
@@ -124,7 +127,8 @@ def test_a_place_inside_of_quotes_is_refused_for_the_value_has_its_own(queue, li
     [
         """--x="$HOME/logs/"{id} sh -c {command}''""",
         """env A='x y'{id} sh -c {command}""",
-        r"""echo \"{id} "$(echo {id})"; sh -c {command}""",
+        r"""echo \"{id} $(echo {id}); sh -c {command}""",
+        "sh -c {command};# it's fine\nsh -c {command}",
         "# a job can't do more\nsh -c {command} # nor won't it",
     ],
 )
@@ -346,7 +350,7 @@ def test_who_cannot_wait_for_a_stop_line_leaves_it_to_the_next_supervisor(far):
     assert "stop 1" in ledger(far), "it was tried"
     assert far.state("a") == "processing"
     said = far.run("worker", "stop", "--timeout", "1s", check=1).stderr
-    assert said.endswith("still there after 1.0 s: what a run has left elsewhere\n"), "no dead pids"
+    assert said.endswith("still there after 1.0 s: what a lost run has left\n"), "no dead pids"
     (far.folder / "refuse").unlink()
     far.start()
     second_run_is_alone(far)
