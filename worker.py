@@ -335,9 +335,9 @@ class Supervisor:
         child = self.children.get(row["pid"]) if mine else None
         others = not mine and is_alive(row, "supervisor_")
         watched = others and not is_stopped(row["supervisor_pid"])
-        stopped = 0.0 if watched else self.stopped_for(row["pid"], mono)
+        stopped = self.stopped_for(row["pid"], mono)
         # It may have the lock, without which no heartbeat comes: so none is waited for.
-        if stopped > row["lock_timeout_s"] and is_alive(row):
+        if not watched and stopped > row["lock_timeout_s"] and is_alive(row):
             if not works_elsewhere(row["pid"], self.path):
                 return "failed", f"worker lost: silent for {duration_text(stopped)}", None
         # What another container of this machine does, only its supervisor's heartbeat tells.

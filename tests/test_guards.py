@@ -316,6 +316,34 @@ def test_a_worker_and_its_supervisor_are_stopped_with_the_lock_and_others_go_on(
         queue.supervisors[1].send_signal(signal.SIGCONT)
 
 
+def test_two_short_pauses_of_a_worker_and_its_supervisor_are_not_one_long(queue: Queue) -> None:
+    """While its supervisor runs the worker is that one's matter: its pauses are not added up."""
+    pair = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    found = [worker.process_birth(each.pid) for each in pair]
+    row = dict(pid=pair[0].pid, birth=found[0], boot=worker.boot_id(), lock_timeout_s=6)
+    row |= dict(supervisor=7, supervisor_pid=pair[1].pid, supervisor_birth=found[1], heartbeat_at=0)
+    looks = settler(queue)[0]
+
+    def signalled(number: int) -> None:
+        for each in pair:
+            each.send_signal(number)
+        stopped = number == signal.SIGSTOP
+        eventually(lambda: all(worker.is_stopped(each.pid) == stopped for each in pair))
+
+    try:
+        signalled(signal.SIGSTOP)
+        assert looks.judge(row, False, 0.0) is None
+        signalled(signal.SIGCONT)
+        assert looks.judge(row, False, 1.0) is None
+        signalled(signal.SIGSTOP)
+        assert looks.judge(row, False, 10.0) is None, "it was stopped twice, not for ten seconds"
+        assert looks.judge(row, False, 17.0)[1] == "worker lost: silent for 7.0 s"
+    finally:
+        for each in pair:
+            each.kill()
+            each.wait()
+
+
 def test_a_worker_is_stopped_before_it_is_registered_and_another_takes_its_place(
     queue: Queue,
 ) -> None:
