@@ -289,7 +289,8 @@ class Supervisor:
                 over.append(ending)
             elif ending.far and ending.far.tries and self.stopping > 2:
                 self.reap(ending.worker["pid"])  # leave it, as it is, to the next supervisor
-        for pid in self.children.keys() - {row["pid"] for row in workers}:
+        registered = {row["pid"] for row in workers if row["supervisor"] == self.id}
+        for pid in self.children.keys() - registered:
             over_it = self.stopped_for(pid, mono) > self.settings["lock_timeout_s"]
             if (over_it or self.stopping > 1) and self.children[pid].exitcode is None:
                 send(pid, signal.SIGKILL)
