@@ -533,7 +533,7 @@ def logs(
                 raise database.QueueError(f'job "{job["id"]}" has {what}{hope}')
         time.sleep(0.1)
     if as_json:
-        emit(database.as_object(run) | {"job": database.job(place.db, seq)["id"]})
+        emit(database.as_object(run) | {"id": database.job(place.db, seq)["id"]})
 
 
 class Tail:

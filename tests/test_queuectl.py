@@ -1008,7 +1008,7 @@ def test_logs_choose_the_attempt_and_the_stream(standing: Queue) -> None:
     assert logs("good", "--stderr", "--stdout") == logs("good")
     assert logs("flaky") == logs("flaky", "--attempt", "2") == "--- stdout ---\nsecond\n"
     assert logs("flaky", "--attempt", "1") == ""
-    assert standing.json("logs", "flaky")["job"] == "flaky"
+    assert standing.json("logs", "flaky")["id"] == "flaky"
     cut = "[... 1808 bytes cut ...]\n"
     assert logs("long", "--stdout") == cut + ("123456789\n" * 1000)[-8192:]
     assert standing.job("long")["stdout"] == logs("long", "--stdout")
