@@ -471,8 +471,8 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
             if not left:
                 return len(rows)
             if deadline is not None and time.monotonic() >= deadline:
-                pids = ", ".join(str(row["pid"]) for row in left if is_alive(row))
-                who = f"pid {pids}" if pids else "what a run has left elsewhere"
+                pids = [str(row["pid"]) for row in left if is_alive(row) or is_hidden(row)]
+                who = f"pid {', '.join(pids)}" if pids else "what a lost run has left"
                 hint = "" if now or not pids else "; --now does not wait for jobs"
                 raise QueueError(f"still there after {duration_text(timeout_s)}: {who}{hint}")
             time.sleep(0.05)

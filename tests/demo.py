@@ -81,7 +81,7 @@ COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32"}
 
 
 def width() -> int:
-    return min(shutil.get_terminal_size((100, 24)).columns, 120)
+    return max(40, min(shutil.get_terminal_size((100, 24)).columns, 120))
 
 
 def say(text: str = "", *style: str) -> None:
