@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 DEFAULT_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "queue.db")
 BUSY_TIMEOUT_S = 60
+LOST_RACES = 10_000  # so many in a row no worker loses: the file is damaged
 RECENT_RUNS = 10_000  # status, chart and metrics look at no more of them
 STATES = ("pending", "processing", "completed", "failed", "dead", "cancelled")
 SETTLED = ("completed", "dead", "cancelled")
@@ -461,7 +462,7 @@ def claim(
     claim?".
     """
     asked = clock()
-    while True:
+    for _ in range(LOST_RACES):
         # Look, without a lock (but for hand_in's). It costs the same however many wait or are done.
         best = db.execute(
             """
@@ -469,6 +470,7 @@ def claim(
                    (SELECT min(run_at) FROM jobs WHERE due = 0) AS later,
                    (SELECT 1 FROM jobs WHERE due = 1 LIMIT 1 OFFSET 1) AS more
             FROM jobs WHERE due = 1
+              AND +state IN ('pending', 'failed')  -- unless a hand has changed it; +: no index
             ORDER BY priority DESC, run_at, seq LIMIT 1"""
         ).fetchone()
         later = best["later"] if best else next_due_at(db)
@@ -505,6 +507,7 @@ def claim(
                 run = Run(opened.lastrowid, worker, start, *run[3:])
                 return run, now if more else later
         # rowcount 0: another worker was faster; look again.
+    raise sqlite3.DatabaseError("malformed: what an index finds, no row of the table bears out")
 
 
 def note_exit(db: Connection, run: Run, exit_code: int) -> None:

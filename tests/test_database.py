@@ -147,6 +147,34 @@ def test_a_far_job_of_high_priority_neither_runs_early_nor_blocks_the_others(db)
     assert take(db, "w2", NOW + 1e8).seq == far
 
 
+@pytest.mark.parametrize("state", ["cancelled", "processing", "unknown"])
+def test_what_a_hand_has_changed_in_the_file_holds_up_no_other_job(path, state):
+    """A row whose state and mark for the look contradict each other: doctor names it."""
+    with closing(database.connect(path)) as db:
+        by_hand, other = add(db, dict(priority=9), {})
+        db.execute("UPDATE jobs SET state = ? WHERE seq = ?", (state, by_hand))
+        assert take(db).seq == other
+        assert take(db) is None
+        assert [text for _, text, _ in database.check(db, path) if text]
+
+
+def test_an_index_that_the_table_does_not_bear_out_is_damage_and_no_endless_race(path):
+    with closing(database.connect(path)) as db:
+        add(db, {}, {})
+        index = db.execute("SELECT * FROM sqlite_master WHERE name = 'jobs_due'").fetchone()
+        db.execute("PRAGMA writable_schema = ON")
+        db.execute("DELETE FROM sqlite_master WHERE name = 'jobs_due'")
+    with closing(sqlite3.connect(path)) as other:  # which so does not know of the index
+        other.execute("UPDATE jobs SET run_at = run_at + 1 WHERE seq = 1")
+        other.execute("PRAGMA writable_schema = ON")
+        other.execute("INSERT INTO sqlite_master VALUES (?, ?, ?, ?, ?)", tuple(index))
+        other.commit()
+    with closing(database.connect(path)) as db:
+        with pytest.raises(database.SQLiteError) as damage:
+            take(db)
+        assert database.is_damage(damage.value)
+
+
 def plan(db: sqlite3.Connection, deed: Callable[[], Any]) -> dict[str, list[str]]:
     """What SQLite plans for each statement that `deed` runs."""
     said: list[str] = []
