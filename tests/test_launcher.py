@@ -112,6 +112,7 @@ def test_a_stop_line_needs_no_command_but_known_places(queue):
         "echo `sh -c {command}`",
         'sh -c {command}; : --name "$(hostname)-{id}"',
         """sh -c {command} "$(grep '{id}' f)\"""",
+        """sh -c {command}; : "$(echo "{id}")\"""",
         "sh -c {command};# {id}",
     ],
 )
@@ -127,6 +128,7 @@ def test_a_place_inside_of_quotes_is_refused_for_the_value_has_its_own(queue, li
     [
         """--x="$HOME/logs/"{id} sh -c {command}''""",
         """env A='x y'{id} sh -c {command}""",
+        """sh -c {command}; : "$(echo "a")"{id}""",
         r"""echo \"{id} $(echo {id}); sh -c {command}""",
         "sh -c {command};# it's fine\nsh -c {command}",
         "# a job can't do more\nsh -c {command} # nor won't it",
