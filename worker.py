@@ -122,7 +122,9 @@ class Supervisor:
         self.busy = self.told = False  # whether jobs of ours run; whether it was said that we leave
         self.looked_at = 0.0  # when we last looked
         self.beat_at = self.spawn_at = 0.0  # when the next heartbeat, the next fork may be
-        self.db, self.file = None, None
+        self.db, self.file, self.patience_s = None, None, database.BUSY_TIMEOUT_S
+        if count:  # for who has the lock may be a stopped worker, which we are to end
+            self.patience_s = min(self.patience_s, settings["lock_timeout_s"])
 
     def run(self) -> None:
         """Work until told to stop or, draining, until nothing is left to do."""
@@ -236,10 +238,7 @@ class Supervisor:
             self.fatal = f"{self.path} {what}: leaving"
             raise QueueError(self.fatal)
         if self.db is None:
-            patience_s = database.BUSY_TIMEOUT_S
-            if self.count:  # for who has the lock may be a stopped worker, which we are to end
-                patience_s = min(patience_s, self.settings["lock_timeout_s"])
-            self.db = database.connect(self.path, durable=False, patience_s=patience_s)
+            self.db = database.connect(self.path, durable=False, patience_s=self.patience_s)
             self.file = file
         return self.db
 
@@ -454,6 +453,8 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
     killed leave by themselves; what they held is settled here.
     """
     with closing(Supervisor(path, settings, say)) as settler:
+        if timeout_s is not None:  # whatever holds us up
+            settler.patience_s = min(settler.patience_s, max(1, timeout_s))
         rows = live_workers(settler.queue())  # before any of them can have heard it
         if any(is_alive(row) and row["pid"] == os.getsid(0) for row in rows):
             raise QueueError("this is a job of these workers: it would wait for itself")

@@ -16,6 +16,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -396,6 +397,22 @@ def test_workers_are_stopped_from_another_terminal(queue: Queue) -> None:
     )
     assert supervisor.wait(timeout=DEADLINE_S) == 0
     assert queue.job("a")["stdout"] == "done\n"
+
+
+def test_worker_stop_waits_no_longer_than_it_may_for_somebodys_lock(queue: Queue) -> None:
+    settings = config.load(queue.config)
+    with closing(database.connect(queue.path)):
+        other = sqlite3.connect(queue.path, isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")
+        release = threading.Timer(DEADLINE_S / 2, other.rollback)
+        release.start()
+        try:
+            with pytest.raises(database.SQLiteError, match="locked"):
+                worker.stop(queue.path, settings, print, False, 0.1)
+        finally:
+            release.cancel()
+            release.join()
+            other.close()
 
 
 def test_all_workers_of_all_supervisors_are_stopped_at_once(queue: Queue) -> None:
