@@ -565,7 +565,7 @@ class Tail:
 @click.pass_obj
 def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
     """Wait until jobs (none named: all) have settled. Exit 0 only if all completed."""
-    seqs = [database.find(place.db, id) for id in ids]
+    seqs = [*dict.fromkeys([database.find(place.db, id) for id in ids])]
     deadline, told = time.monotonic() + (math.inf if timeout is None else timeout), False
     start = "\r\x1b[K" if sys.stderr.isatty() and not DUMB else ""  # for another line
     while True:
@@ -580,7 +580,7 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
             click.echo(start + line, nl=not left, err=True)
         if not left:
             break
-        if not told and not place.hands.live_workers(place.db):
+        if not told and not place.hands.is_served(place.db):
             told = True
             click.echo(f"{start}no worker is running; `worker start` starts one", err=True)
         if (rest := deadline - time.monotonic()) <= 0:
@@ -590,7 +590,7 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
         time.sleep(min(pause, rest))
     if found["completed"] != total:
         told = f"{found['dead']} dead, {found['cancelled']} cancelled"
-        raise database.QueueError(f"{told}; `list` shows them")
+        raise database.QueueError(f"{told}; `list --state dead --state cancelled` shows them")
 
 
 @cli.command()

@@ -443,7 +443,16 @@ class Supervisor:
 
 def live_workers(db: Any) -> list[Any]:
     """Return the rows of database.workers whose process lives; of other hosts, all."""
-    return [row for row in database.workers(db) if not is_here(row) or is_alive(row)]
+    return live(database.workers(db))
+
+
+def is_served(db: Any) -> bool:
+    """Say whether somebody works on the queue, or soon will: a supervisor replaces its workers."""
+    return bool(live(database.supervisors(db)) or live_workers(db))
+
+
+def live(rows: Iterable[Any]) -> list[Any]:
+    return [row for row in rows if not is_here(row) or is_alive(row)]
 
 
 def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | None) -> int:

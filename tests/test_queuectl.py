@@ -196,7 +196,7 @@ hi
 oops
 $ wait good
 $ wait good bad
-! Error: 1 dead, 0 cancelled; `list` shows them
+! Error: 1 dead, 0 cancelled; `list --state dead --state cancelled` shows them
 [1]
 $ dlq list
 ID   STATE  ATTEMPTS  ERROR            COMMAND
@@ -1117,7 +1117,7 @@ def test_workers_in_the_background_are_listed_cancelled_under_and_stopped(queue:
     assert queue.run("worker", "stop", check=0).stdout.endswith("stopped\n")
     assert queue.json("worker", "list") == []
     assert queue.run("wait", "slow", check=1).stderr == (
-        "Error: 0 dead, 1 cancelled; `list` shows them\n"
+        "Error: 0 dead, 1 cancelled; `list --state dead --state cancelled` shows them\n"
     )
 
 

@@ -399,6 +399,19 @@ def test_workers_are_stopped_from_another_terminal(queue: Queue) -> None:
     assert queue.job("a")["stdout"] == "done\n"
 
 
+def test_wait_calls_for_no_workers_while_those_there_are_end_a_run(queue: Queue) -> None:
+    """The worker goes first, and is replaced when all that it ran is gone."""
+    queue.configure(kill_grace_s=3600)
+    enqueue(queue, "a", "trap '' TERM; echo . >> ledger; while :; do sleep 1; done", timeout_s=1)
+    supervisor = queue.start(count=1)
+    begun(queue)
+    eventually(lambda: queue.json("worker", "list") == [], "the worker is being ended")
+    waited = queue.run("wait", "a", "a", "--timeout", "0s", check=1)
+    assert waited.stderr == "Error: after 0 ms 1 of 1 job not settled\n"
+    eventually(lambda: supervisor.send_signal(signal.SIGINT) or supervisor.poll() == 0)
+    assert "no worker is running" in queue.run("wait", "--timeout", "0s", check=1).stderr
+
+
 def test_worker_stop_waits_no_longer_than_it_may_for_somebodys_lock(queue: Queue) -> None:
     settings = config.load(queue.config)
     with closing(database.connect(queue.path)):
