@@ -375,7 +375,8 @@ class Handler(BaseHTTPRequestHandler):
             if not self.is_let_in(url.path, changes):
                 self.send(403, REFUSAL)
             elif url.path not in routes:
-                self.send(404 if routes else 405, b"there is nothing here\n")
+                code = 404 if routes else 405
+                self.send(code, f"{self.responses[code][0]}\n".encode())
             else:
                 self.body = self.read_body() if changes else {}
                 with self.server.lock:
@@ -385,9 +386,11 @@ class Handler(BaseHTTPRequestHandler):
                 routes[url.path]()
         except database.SQLiteError as error:
             self.send_json({"error": database.error_text(error, self.server.path)}, 503)
-        except (QueueError, ValueError, RecursionError) as error:
-            wrong = 400 if not isinstance(error, QueueError) else 409 if changes else 404
-            self.send_json({"error": str(error)}, wrong)
+        except QueueError as error:
+            code = 404 if isinstance(error, database.NoJob) else 409
+            self.send_json({"error": str(error)}, code)
+        except (ValueError, RecursionError) as error:
+            self.send_json({"error": str(error)}, 400)
 
     def is_let_in(self, path: str, changes: bool) -> bool:
         """Say whether this request has the token, and for a change more than a cookie."""
@@ -491,7 +494,7 @@ class Handler(BaseHTTPRequestHandler):
         id = self.body.get("id")
         seq = database.find(db, id if isinstance(id, str) else "")
         if database.job(db, seq)["id"] != id:
-            raise QueueError(f'no job "{id}"')
+            raise database.NoJob(f'no job "{id}"')
         return seq
 
     def send_json(self, value: Any, code: int = 200) -> None:

@@ -119,6 +119,10 @@ class QueueError(Exception):
     """It could not be done; the message names the thing and the next step. Exit 1."""
 
 
+class NoJob(QueueError):
+    """There is no such job."""
+
+
 SQLiteError = sqlite3.Error  # for the rooms above, which do not import sqlite3
 # Each None that is bound has sqlite3 look for an adapter, the slower for there is none: this gives
 # back what it is given, None, and a million jobs are enqueued in a tenth less time.
@@ -760,7 +764,7 @@ def find(db: Connection, text: str) -> int:
         ORDER BY id LIMIT 4"""
     rows = db.execute(begun, {"text": text}).fetchall() if text else []
     if not rows:
-        raise QueueError(f'no job "{text}"; `list` shows those that are there')
+        raise NoJob(f'no job "{text}"; `list` shows those that are there')
     if len(rows) > 1 and rows[0]["id"] != text:
         some = ", ".join(row["id"] for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
         raise QueueError(f'"{text}" is ambiguous: {some}; give more of the id')
@@ -770,7 +774,7 @@ def find(db: Connection, text: str) -> int:
 def job(db: Connection, seq: int) -> Row:
     found = db.execute(f"{JOB} WHERE seq = ?", (seq,)).fetchone()
     if found is None:
-        raise QueueError("the job was pruned meanwhile")
+        raise NoJob("the job was pruned meanwhile")
     return found
 
 

@@ -79,9 +79,9 @@ def main() -> int:
         if "\n" in message:  # click's help, shown for a command without its words
             click.echo(message, err=True)
         else:
-            if isinstance(error, click.UsageError) and not isinstance(error, click.BadParameter):
-                called = error.ctx.command_path if error.ctx else "queuectl.py"
-                message = f"{message.rstrip('.')} (see {called} --help)"
+            hint = isinstance(error, click.UsageError) and not isinstance(error, click.BadParameter)
+            if hint and error.ctx:  # it has none where an option lacks its value
+                message = f"{message.rstrip('.')} (see {error.ctx.command_path} --help)"
             complain(message, code)
     except (BadInput, config.BadFile) as error:
         code = complain(str(error), 2 if isinstance(error, BadInput) else 1)

@@ -214,7 +214,7 @@ def test_a_queue_that_is_removed_is_said_to_be_gone_and_not_made_anew(window: Wi
             path.unlink()
     assert awaited(stream, lambda each: "trouble" in each)["trouble"].endswith("is gone")
     answer = window.ask("/api/status", Authorization=f"Bearer {window.token}")
-    assert answer.status == 404 and "is gone" in answer.text
+    assert answer.status == 409 and "is gone" in answer.text
     stream.close()
     window.end()
     assert not os.path.exists(window.queue.path)
@@ -416,12 +416,12 @@ def test_dead_jobs_are_retried_one_or_all(window: Window) -> None:
     code, found = window.post("/api/retry", id="w")
     assert code == 409 and found["error"] == 'job "w" is completed, not dead: nothing was changed'
     for body in ({"id": "x"}, {"id": 7}, {}, {"all": "yes"}):
-        assert window.post("/api/retry", **body)[0] == 409, body
+        assert window.post("/api/retry", **body)[0] == 404, body
 
 
 def test_a_change_goes_by_the_whole_id(window: Window) -> None:
     add(window.queue, {"id": "abc"})
-    assert window.post("/api/cancel", id="ab") == (409, {"error": 'no job "ab"'})
+    assert window.post("/api/cancel", id="ab") == (404, {"error": 'no job "ab"'})
     unknown = window.ask("/api/job?id=x", Authorization=f"Bearer {window.token}")
     assert unknown.status == 404 and 'no job \\"x\\"' in unknown.text
     assert window.queue.state("abc") == "pending"
