@@ -135,7 +135,7 @@ def table(head: list[str], rows: Iterable[Iterable[Any]]) -> None:
         import shutil
 
         columns = shutil.get_terminal_size().columns
-        widths[1:-1] = [min(width, columns // 3) for width in widths[1:-1]]
+        widths[1:-1] = [min(width, max(3, columns // 3)) for width in widths[1:-1]]
         widths[-1] = max(20, columns - sum(widths[:-1]) - 2 * len(widths[:-1]))
     for row in [head, *texts]:
         cut = [c if len(c) <= width else c[: width - 3] + "..." for c, width in zip(row, widths)]

@@ -338,6 +338,9 @@ def test_two_short_pauses_of_a_worker_and_its_supervisor_are_not_one_long(queue:
         signalled(signal.SIGSTOP)
         assert looks.judge(row, False, 10.0) is None, "it was stopped twice, not for ten seconds"
         assert looks.judge(row, False, 17.0)[1] == "worker lost: silent for 7.0 s"
+        pair[1].send_signal(signal.SIGCONT)
+        eventually(lambda: not worker.is_stopped(pair[1].pid))
+        assert looks.judge(row, False, 17.0) is None, "its supervisor is awake, and may end it"
     finally:
         for each in pair:
             each.kill()

@@ -443,8 +443,8 @@ BAD_CALLS = [
     (2, "give one of: a JOB, --command, --file", "enqueue '{}' --command true"),
     (2, "argument (hello) (see queuectl.py enqueue --help)", "enqueue echo hello"),
     (2, "No such command 'retry' (see queuectl.py --help)", "retry good"),
-    (2, "'--limit' requires an argument", "list --limit"),
-    (2, "'--ready' does not take a value", "list --ready=1"),
+    (2, "'--limit' requires an argument.\n", "list --limit"),
+    (2, "'--ready' does not take a value.\n", "list --ready=1"),
     (2, "--id goes with --command", "enqueue --id x '{}'"),
     (2, "--lines goes with --file", "enqueue --lines --command true"),
     (2, "give one of them", "enqueue --command true --delay 1s --run-at 0"),
@@ -750,8 +750,11 @@ def test_a_printed_record_can_be_pasted_back(standing: Queue, tmp_path: Path) ->
 # --- terminals and pipes ---------------------------------------------------------------------
 
 
-def on_terminal(queue: Queue, *words: str) -> tuple[int, str]:
-    """Run a command on a terminal of its own; return (exit code, what appeared there)."""
+def on_terminal(queue: Queue, *words: str, ended_at: str | None = None) -> tuple[int, str]:
+    """Run a command on a terminal of its own; return (exit code, what appeared there).
+
+    It is sent SIGINT as soon as `ended_at` has appeared.
+    """
     ours, theirs = pty.openpty()
     environment = {"TERM": "xterm", "COLUMNS": "80"} | queue.environment
     process = subprocess.Popen(
@@ -770,6 +773,9 @@ def on_terminal(queue: Queue, *words: str) -> tuple[int, str]:
             shown += data
             if not data:
                 break
+            if ended_at and ended_at.encode() in shown:
+                process.send_signal(signal.SIGINT)
+                ended_at = None
     except OSError:
         pass  # how Linux says that the last one has closed it
     os.close(ours)
@@ -902,8 +908,26 @@ def test_a_long_error_does_not_push_the_command_over_the_edge(queue: Queue) -> N
     assert row[head.index("COMMAND") :].startswith("ls /a/rather")
 
 
+def test_a_list_too_long_for_people_shows_the_newest_or_with_ready_the_next(queue: Queue) -> None:
+    ids = [f"j{number:03}" for number in range(101)]
+    lines = "\n".join(json.dumps({"id": each, "command": "true"}) for each in ids)
+    queue.run("enqueue", "--file", "-", stdin=lines, check=0)
+    for words, shown in (([], ids[1:]), (["--ready"], ids[:100]), (["--limit", "0"], ids)):
+        listed = queue.run("list", *words, check=0)
+        assert [line.split()[0] for line in listed.stdout.splitlines()[1:]] == shown
+        rest = "" if len(shown) == 101 else "only 100 are shown; --limit 0 shows all\n"
+        assert listed.stderr == rest
+
+
 def test_status_is_watched_by_people_not_by_programs(queue: Queue) -> None:
     assert "one document" in queue.run("status", "--watch", "--json", check=2).stderr
+
+
+@pytest.mark.parametrize(("term", "clears"), [("xterm", True), ("dumb", False)])
+def test_status_is_watched_until_ctrl_c(queue: Queue, term: str, clears: bool) -> None:
+    queue.environment["TERM"] = term
+    code, shown = on_terminal(queue, "status", "--watch", ended_at="last hour")
+    assert code == 130 and ("\x1b[2J" in shown) == clears, shown
 
 
 def test_the_workers_lines_are_coloured_on_a_terminal_only(queue: Queue) -> None:

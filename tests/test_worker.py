@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -439,6 +440,16 @@ def test_all_workers_of_all_supervisors_are_stopped_at_once(queue: Queue) -> Non
     # One put back by the first supervisor may be taken up by the second before it hears of it.
     assert set(runs(queue, "a")) == {("stopped", "stopped with its worker; not counted")}
     assert queue.run("worker", "stop", check=0).stdout == "0 workers stopped\n"
+
+
+def test_a_worker_that_is_stopped_hears_that_it_is_to_leave(queue: Queue) -> None:
+    queue.configure(lock_timeout_s=3600)
+    supervisor = queue.start()
+    [row] = queue.workers()
+    os.kill(row["pid"], signal.SIGSTOP)
+    stopped = queue.run("worker", "stop", check=0)
+    assert (stopped.stdout, stopped.stderr) == ("1 worker stopped\n", ""), "no job, no remark"
+    assert supervisor.wait(timeout=DEADLINE_S) == 0
 
 
 def test_a_queue_is_drained_to_the_last_retry(queue: Queue) -> None:
@@ -1236,6 +1247,20 @@ def test_workers_of_another_container_are_heard_and_not_judged_by_their_pids(
         looks.tick(db, time.time(), mono)
     db.close()
     assert told == ["failed"], "after its heartbeat has been silent for its own lock_timeout_s"
+
+
+def test_a_child_that_died_is_forgotten_though_a_worker_elsewhere_has_its_pid(queue: Queue) -> None:
+    """A worker of another container: while it lives the child would be waited for in vain."""
+    enqueue(queue, "a", "true")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    db, _ = claimed(queue, gone.pid)
+    db.execute("UPDATE supervisors SET boot = ?", (worker.boot_id() + "1",))
+    looks, _ = settler(queue)
+    looks.children[gone.pid] = SimpleNamespace(exitcode=0, sentinel=0)
+    looks.tick(db, time.time(), 0)
+    db.close()
+    assert looks.children == {}
 
 
 def test_explain_with_a_reader_that_stalls_holds_nobody_up(queue: Queue) -> None:
