@@ -728,8 +728,9 @@ def doctor(place: Place, as_json: bool) -> int:
     try:
         found = list(database.check(place.db, place.path))
     except database.QueueError as error:
-        cause = "a copy that was cut short, or another program's file"
-        found = [("the file can be opened as a queue", str(error), cause)]
+        cause = "a failing disk, a copy that was cut short, or another program's file"
+        problem = str(error).replace("`doctor` tells more; ", "")
+        found = [("the file can be opened as a queue", problem, cause)]
     ok = not any(problem for _, problem, _ in found)
     if as_json:
         keys = "check", "problem", "broken_by"

@@ -276,6 +276,7 @@ def assert_told(queue: Queue, content: bytes, what: str) -> bool:
         if code and "BROKEN" not in out:
             assert err.startswith("Error: ") and err.count("\n") == 1, (what, line, out, err)
     code, out, err = found["doctor"]
+    assert "`doctor` tells more" not in out, "that is what it was asked for"
     if code:
         assert "BROKEN" in out or "damaged" in err or "no queue" in err or "not a" in err, (
             what,
@@ -338,7 +339,7 @@ def test_doctor_names_the_damage(whole: Any, table: str) -> None:
     lay(queue, good[:start] + bytes(PAGE) + good[start + PAGE :])
     for words in ("doctor", "doctor --json"):
         code, out, err = call(queue, *words.split())
-        assert code == 1 and "`doctor` tells more" not in err, (out, err)
+        assert code == 1 and "`doctor` tells more" not in out + err, (out, err)
         hurt = table.partition("_")[0] or r"\w+"  # an index is named by its table
         assert re.search(rf"(BROKEN.*integrity_check\):|problem\": \") ?in .*\b{hurt}\b", out), out
 
