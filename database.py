@@ -1022,7 +1022,7 @@ def sentence(job: Row, now: float) -> str:
     if state == "pending":
         return f"pending, due in {until}" if until else "pending, waits for a worker"
     if state == "processing":
-        span = duration_text(now - job["started_at"])
+        span = duration_text(now - (job["started_at"] or now))  # none: a hand in the file
         told = f"run {job['attempts']} of {total}, on {job['worker']} for {span}"
         return told + (", being cancelled" if job["cancelling"] else "")
     if state == "failed":

@@ -849,6 +849,7 @@ SENTENCES = [
         dict(state="processing", attempts=1, cancelling=1),
         "run 1 of 4, on w1 for 7.5 s, being cancelled",
     ),
+    (dict(state="processing", started_at=None), "run 0 of 4, on w1 for 0 ms"),
     (dict(state="failed", attempts=2, run_at=NOW + 3.4), "failed 2 of 4 runs, next try in 3.4 s"),
     (
         dict(state="failed", attempts=1, run_at=NOW),
