@@ -474,7 +474,7 @@ def claim(
                    (SELECT min(run_at) FROM jobs WHERE due = 0) AS later,
                    (SELECT 1 FROM jobs WHERE due = 1 LIMIT 1 OFFSET 1) AS more
             FROM jobs WHERE due = 1
-              AND +state IN ('pending', 'failed')  -- unless a hand has changed it; +: no index
+              AND +state IN ('pending', 'failed')  -- a hand may have changed one; +: no index
             ORDER BY priority DESC, run_at, seq LIMIT 1"""
         ).fetchone()
         later = best["later"] if best else next_due_at(db)
