@@ -497,7 +497,7 @@ def show_race(shown: list[str], at: int, names: dict[str, str]) -> None:
         text, _, remark = text.rstrip().partition("  <- ")
         # What matters, within 80 columns.
         text = re.sub(r"(?<=SELECT ).*(?=FROM jobs)|(?<=UPDATE ).*(?=WHERE)", "... ", text)
-        text = re.sub(r" (AND run_at|ORDER BY).*", "", text)
+        text = re.sub(r" (AND run_at|AND \+state|ORDER BY).*", "", text)
         say_cut(f"    {names.get(pid, pid):<3} {took:>6} ms  {text}")
         if remark:
             say(f"                   <- {remark}", "bold")
