@@ -113,6 +113,7 @@ def test_a_stop_line_needs_no_command_but_known_places(queue):
         'sh -c {command}; : --name "$(hostname)-{id}"',
         """sh -c {command} "$(grep '{id}' f)\"""",
         """sh -c {command}; : "$(echo "{id}")\"""",
+        """sh -c {command}; : "$(echo $(date) "{id}")\"""",
         "sh -c {command};# {id}",
     ],
 )
@@ -129,6 +130,7 @@ def test_a_place_inside_of_quotes_is_refused_for_the_value_has_its_own(queue, li
         """--x="$HOME/logs/"{id} sh -c {command}''""",
         """env A='x y'{id} sh -c {command}""",
         """sh -c {command}; : "$(echo "a")"{id}""",
+        """cd "$(dirname "$(readlink -f x)")" && sh -c {command}""",
         r"""echo \"{id} $(echo {id}); sh -c {command}""",
         "sh -c {command};# it's fine\nsh -c {command}",
         "# a job can't do more\nsh -c {command} # nor won't it",
