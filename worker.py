@@ -116,7 +116,7 @@ class Supervisor:
         self.silences: dict[int, tuple[float, float]] = {}  # supervisor: (heartbeat, silent for)
         self.stopped_at: dict[int, float] = {}  # pid: since when it was seen stopped
         # A signal, or 1: finish the running jobs and leave; 2: put them back now; 3: without grace.
-        self.wake, self.signals, self.asked = None, b"", 0
+        self.signals, self.asked = [], 0
         self.fatal = ""  # why there is no point in going on
         self.trouble = ""  # what was said last of a database that cannot be used
         self.busy = self.told = False  # whether jobs of ours run; whether it was said that we leave
@@ -146,7 +146,7 @@ class Supervisor:
         if 2 * self.count + 32 > files:
             needed = f"--count {self.count} needs {2 * self.count + 32} open files"
             raise QueueError(f"{needed}, the limit is {files}; raise it with ulimit -n")
-        self.wake, _ = await_signals()
+        self.wake, self.signals = await_signals()
         self.try_stop_line()
         # Workers read end of file here when the supervisor is gone, however it went.
         self.lifeline, self.lifeline_write = os.pipe()
@@ -165,7 +165,7 @@ class Supervisor:
                 if far.tries:
                     what = "launcher_stop must exit 0 when nothing is left to end"
                     raise QueueError(f"{what}; this does not: {run.stop_line}")
-                if self.stopping:  # only noted, for a Popen that is broken off forgets its child
+                if self.signals:  # only noted, for a Popen that is broken off forgets its child
                     raise KeyboardInterrupt
                 time.sleep(0.01)
         finally:
@@ -174,8 +174,6 @@ class Supervisor:
 
     @property
     def stopping(self) -> int:
-        # By their bytes: of two that come during one wait for SQLite the handler sees one.
-        self.signals += b"" if self.wake is None else drained(self.wake)
         return max(len(self.signals), self.asked, bool(self.fatal))
 
     def sleep(self) -> None:
@@ -183,6 +181,7 @@ class Supervisor:
         ending = {each.worker["pid"] for each in self.endings.values()}
         sentinels = [child.sentinel for pid, child in self.children.items() if pid not in ending]
         readable([*sentinels, self.wake], BUSY_TICK_S if self.busy or self.endings else IDLE_TICK_S)
+        drained(self.wake)
 
     def keep_count(self) -> None:
         """Fork workers in place of those that are gone or, stopping, tell them all to leave."""
@@ -1044,10 +1043,8 @@ def readable(handles: Iterable[int], span_s: float) -> list[int]:
     return [handle for handle, _ in waiting.poll(1000 * span_s)]
 
 
-def drained(handle: int) -> bytes:
-    """Read and return all that is there now."""
-    found = b""
+def drained(handle: int) -> None:
+    """Read all that is there now."""
     with suppress(BlockingIOError):
-        while more := os.read(handle, 65_536):
-            found += more
-    return found
+        while len(os.read(handle, 65_536)) == 65_536:
+            pass

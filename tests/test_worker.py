@@ -337,31 +337,6 @@ def test_ctrl_c_twice_puts_the_job_back_and_the_run_is_not_counted(queue: Queue)
     assert (queue.state("a"), queue.job("a")["attempts"]) == ("completed", 2)
 
 
-def test_ctrl_c_twice_while_somebody_has_the_lock_counts_as_two(queue: Queue) -> None:
-    """SQLite waits, and Python's own handler of a signal runs once it is back."""
-    script = """
-import os, signal, sqlite3, sys, threading, time
-import database, worker
-path = sys.argv[1]
-database.connect(path).close()
-other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-other.execute("BEGIN IMMEDIATE")
-supervisor = worker.Supervisor(path, {}, print)
-supervisor.wake, _ = worker.await_signals()
-def press():
-    for _ in range(2):
-        time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(0.3)
-    other.execute("ROLLBACK")
-threading.Thread(target=press).start()
-sqlite3.connect(path, timeout=60, isolation_level=None).execute("BEGIN IMMEDIATE")
-raise SystemExit(supervisor.stopping)
-"""
-    words = [sys.executable, "-c", script, queue.path]
-    assert subprocess.run(words, cwd=ROOT, timeout=DEADLINE_S).returncode == 2
-
-
 def test_ctrl_c_three_times_spares_the_grace(queue: Queue) -> None:
     queue.configure(kill_grace_s=3600)
     enqueue(
