@@ -447,7 +447,8 @@ def live_workers(db: Any) -> list[Any]:
 
 def is_served(db: Any) -> bool:
     """Say whether somebody works on the queue, or soon will: a supervisor replaces its workers."""
-    return bool(live(database.supervisors(db)) or live_workers(db))
+    staying = [row for row in database.supervisors(db) if not row["stop"]]
+    return bool(live(staying) or live_workers(db))
 
 
 def live(rows: Iterable[Any]) -> list[Any]:
@@ -460,18 +461,21 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
     Raises QueueError if some are still there after `timeout_s`. Workers whose supervisor was
     killed leave by themselves; what they held is settled here.
     """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
     with closing(Supervisor(path, settings, say)) as settler:
-        if timeout_s is not None:  # whatever holds us up
+        if timeout_s is not None:  # somebody may have the lock
             settler.patience_s = min(settler.patience_s, max(1, timeout_s))
         rows = live_workers(settler.queue())  # before any of them can have heard it
         if any(is_alive(row) and row["pid"] == os.getsid(0) for row in rows):
             raise QueueError("this is a job of these workers: it would wait for itself")
         asked = database.ask_to_stop(settler.queue(), 2 if now else 1)
+        if timeout_s is not None:
+            settler.close()
+            settler.patience_s = 1  # for each look from now on
         running = sum(row["job"] is not None for row in rows)
         if running and not now:
             told = f"for {database.plural(running, 'running job')}; --now puts them back"
             say("stop", os.getpid(), "waits", told)
-        deadline = time.monotonic() + timeout_s if timeout_s is not None else None
         while True:
             settler.look()
             db = settler.queue()

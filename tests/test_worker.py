@@ -388,6 +388,20 @@ def test_wait_calls_for_no_workers_while_those_there_are_end_a_run(queue: Queue)
     assert "no worker is running" in queue.run("wait", "--timeout", "0s", check=1).stderr
 
 
+def test_who_has_been_asked_to_leave_serves_no_more_but_a_worker_alone_does(tmp_path: Path) -> None:
+    me = os.getpid()
+    birth = worker.process_birth(me)
+    with closing(database.connect(str(tmp_path / "queue.db"))) as db:
+        assert not worker.is_served(db)
+        row = HOST, worker.boot_id(), me, birth, time.time(), 30
+        supervisor = database.register_supervisor(db, *row)
+        assert worker.is_served(db)
+        database.ask_to_stop(db, 1)
+        assert not worker.is_served(db)
+        database.register_worker(db, supervisor, me, birth, time.time())
+        assert worker.is_served(db), "it finishes what it holds"
+
+
 def test_worker_stop_waits_no_longer_than_it_may_for_somebodys_lock(queue: Queue) -> None:
     settings = config.load(queue.config)
     with closing(database.connect(queue.path)):
