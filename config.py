@@ -67,7 +67,8 @@ MOMENT = r"""(?ax)(?P<year>\d{4}) (-?) (?P<month>\d\d) \2 (?P<day>\d\d)
 # {id} in a launcher, but not what a shell reads: ${id}, {a,b}, { print; }, {{.ID}}.
 PLACEHOLDER = r"(?<!\$)\{(\w+)\}"
 # As a shell sees a line: escapes, comments, quotes.
-QUOTED = r"""(?s)\\.|(?<![^\s;&|()])\#[^\n]*|'[^']*'?|`[^`]*`?|"(?:\\.|\$\((?:[^()]|\([^()]*\))*\)|[^"\\])*"?"""
+QUOTED = r"""(?xs) \\. | (?<![^\s;&|()])\#[^\n]* | '[^']*'? | `[^`]*`?
+    | "(?: \\. | \$\( (?: [^()] | \([^()]*\) )* \) | [^"\\] )*"? """
 PLACES = ("command", "id", "attempt", "cwd")
 
 
