@@ -25,7 +25,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from operator import itemgetter
 from sqlite3 import Connection, Row
@@ -38,6 +38,7 @@ RECENT_RUNS = 10_000  # status, chart and metrics look at no more of them
 STATES = ("pending", "processing", "completed", "failed", "dead", "cancelled")
 SETTLED = ("completed", "dead", "cancelled")
 
+TABLES = ("jobs", "runs", "supervisors", "workers")
 VERSION = 1
 APPLICATION_ID = 0x7163746C  # "qctl" in the file's header: no other program's database is ours
 SCHEMA = (
@@ -200,7 +201,7 @@ def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S)
     except BaseException as error:
         db.close()
         if isinstance(error, (sqlite3.Error, UnicodeError)):  # of a message that quotes damage
-            raise QueueError(error_text(error, path)) from None
+            raise QueueError(error_text(sqlite3.Error(error), path)) from None
         raise
     return db
 
@@ -311,13 +312,21 @@ def patience(db: Connection, wait_ms: int) -> Iterator[None]:
         db.execute(f"PRAGMA busy_timeout = {before}")
 
 
-def is_damage(error: Exception) -> bool:
-    """Say whether an error is one that no second try will mend."""
-    return any(sign in str(error) for sign in ("malformed", "not a database", "is damaged"))
+def is_damage(text: str) -> bool:
+    """Say whether `error_text` tells of what no second try will mend."""
+    return "is damaged" in text or "not a SQLite database" in text
 
 
 def error_text(error: Exception, path: str) -> str:
-    """Say what an error of SQLite means for the queue, and what to do."""
+    """Say what an error means for the queue, and what to do.
+
+    One of another kind than these is raised again, for it is a mistake of ours; unless it comes
+    from values that no code of ours has written.
+    """
+    if not isinstance(error, (OSError, QueueError, sqlite3.Error)):
+        if not os.path.exists(path) or is_sound(path):
+            raise error
+        error = sqlite3.DatabaseError("malformed")
     if isinstance(error, OSError):  # of a file beside it, perhaps
         why = "is gone" if isinstance(error, FileNotFoundError) else error.strerror
         return f"{error.filename or path}: {why}"
@@ -1192,12 +1201,41 @@ def check(db: Connection, path: str) -> Iterator[tuple[str, str, str]]:
     yield "the file is whole (PRAGMA integrity_check)", damage, cause
     version = identity(db)[1]
     other = "" if version == VERSION else f"it is {version}"
-    cause = "another version of queuectl, at work meanwhile"
-    yield f"its schema is version {VERSION}", other, cause
+    with closing(sqlite3.connect(":memory:")) as new:
+        for statement in SCHEMA:
+            new.execute(statement)
+        missing = {name for _, name, *_ in shape(new) - shape(db)}
+    cause = "another version of queuectl, at work meanwhile, or a hand in the file"
+    yield f"its schema is version {VERSION}, unchanged", other or ", ".join(sorted(missing)), cause
+    odd = "".join(found(odd_values(db, table), f" in {table}: ") for table in TABLES).strip()
+    cause = "a hand in the file, or a flipped byte: who reads the value cannot reckon with it"
+    yield "every value has its column's type, every time a date", odd, cause
     cause = "a chmod: who writes it has commands run as its owner"
     yield "only its owner can write it", exposed(path), cause
     for name, (query, cause) in INVARIANTS.items():
         yield name, found(query + " LIMIT 3", "found in "), cause
+
+
+def shape(db: Connection) -> set[tuple[str, ...]]:
+    """Return what a database is made of: (table or index, its name, a column of it, its type)."""
+    columns = "SELECT m.type, m.name, c.name, c.type FROM sqlite_master AS m"
+    return {tuple(row) for row in db.execute(f"{columns} LEFT JOIN pragma_table_info(m.name) AS c")}
+
+
+def odd_values(db: Connection, table: str) -> str:
+    """Return the query that finds rows with a value of another type, or a time without a date."""
+    columns = [row[1:3] for row in db.execute(f"PRAGMA table_info({table})")]
+    odd = [f"typeof({name}) NOT IN ('{kind.lower()}', 'null')" for name, kind in columns]
+    times = [name for name, _ in columns if name.endswith("_at")]
+    odd += [f"{name} NOTNULL AND datetime({name}, 'unixepoch') IS NULL" for name in times]
+    return f"SELECT rowid FROM {table} WHERE {' OR '.join(odd)} LIMIT 3"
+
+
+def is_sound(path: str) -> bool:
+    """Say whether all that `check` asks for holds."""
+    with suppress(Exception), closing(connect(path)) as db:
+        return not any(problem for _, problem, _ in check(db, path))
+    return False
 
 
 if __name__ == "__main__":

@@ -85,8 +85,6 @@ def main() -> int:
             complain(message, code)
     except (BadInput, config.BadFile) as error:
         code = complain(str(error), 2 if isinstance(error, BadInput) else 1)
-    except (database.QueueError, database.SQLiteError) as error:
-        code = complain(database.error_text(error, place.path), 1)
     except (click.Abort, KeyboardInterrupt):
         code = 130
     except OSError as error:  # nobody reads on (`list | head`), or there is no room for the result
@@ -95,6 +93,8 @@ def main() -> int:
         if error.errno == errno.ENOENT and not error.filename:
             told = "the current directory is gone; change to another"
         code = 1 if error.errno == errno.EPIPE else complain(told, 1)
+    except Exception as error:
+        code = complain(database.error_text(error, place.path), 1)  # raises what is ours
     return code
 
 

@@ -252,13 +252,13 @@ class Supervisor:
         try:
             self.tick(self.queue(), time.time(), time.monotonic())
             self.trouble = ""
-        except (OSError, QueueError, database.SQLiteError) as error:
+        except Exception as error:
             self.close()
-            text = database.error_text(error, self.path)
+            text = database.error_text(error, self.path)  # raises what is a mistake of ours
             if text != self.trouble:
                 self.trouble = text
                 self.say("supervisor", self.pid, "trouble", text)
-            if database.is_damage(error):
+            if database.is_damage(text):
                 self.fatal = text
             hopeless = self.fatal or self.stopping > 1  # it cannot be recorded, but can be ended
             ending = {each.worker["pid"] for each in self.endings.values()}
@@ -564,7 +564,17 @@ class Desk:
 
 
 def work(supervisor: Supervisor) -> None:
-    """The life of one worker process: claim, run, record, until told to leave."""
+    """The life of one worker process."""
+    try:
+        serve(supervisor)
+    except Exception as error:
+        text = database.error_text(error, supervisor.path)  # raises what is a mistake of ours
+        supervisor.say("worker", os.getpid(), "trouble", text)
+        raise SystemExit(DAMAGED if database.is_damage(text) else 1) from None
+
+
+def serve(supervisor: Supervisor) -> None:
+    """Claim, run, record, until told to leave."""
     os.setsid()  # no terminal either: Ctrl+C reaches the supervisor alone
     # SIGTERM alone is for us; but ignored, the others would be so in jobs.
     wake, signals = await_signals()
@@ -592,26 +602,23 @@ def work(supervisor: Supervisor) -> None:
             if not run and supervisor.drain and database.settled(desk.db):
                 return
         except database.SQLiteError as error:
-            desk.say("trouble", database.error_text(error, desk.path))
-            if database.is_damage(error):
-                raise SystemExit(DAMAGED) from None
+            text = database.error_text(error, desk.path)
+            if database.is_damage(text):
+                raise
+            desk.say("trouble", text)
         if not run:
             rest(desk, [wake, supervisor.lifeline], seen, next_at)
 
 
 def take_a_desk(supervisor: Supervisor) -> Desk:
-    """Register this process as a worker; exit 1 if that cannot be done now."""
+    """Register this process as a worker."""
     path, pid = supervisor.path, os.getpid()
-    try:
-        make_run_directory(path)  # again: somebody may have removed it meanwhile
-        take_turns(path)
-        db = database.connect(path, durable=False)
-        birth = process_birth(pid) or ""
-        name = database.register_worker(db, supervisor.id, pid, birth, time.time())
-        return Desk(db, path, name, supervisor.settings, supervisor.say)
-    except (OSError, QueueError, database.SQLiteError) as error:
-        supervisor.say("worker", pid, "trouble", database.error_text(error, path))
-        raise SystemExit(1) from None
+    make_run_directory(path)  # again: somebody may have removed it meanwhile
+    take_turns(path)
+    db = database.connect(path, durable=False)
+    birth = process_birth(pid) or ""
+    name = database.register_worker(db, supervisor.id, pid, birth, time.time())
+    return Desk(db, path, name, supervisor.settings, supervisor.say)
 
 
 def rest(desk: Desk, others: list[int], seen: int | None, next_at: float | None) -> None:
@@ -686,12 +693,12 @@ def hand_in(desk: Desk, run: Run, result: Result, wanted: Callable[[], bool]) ->
                 following = desk.claim()[0] if wanted() else None
             break
         except database.SQLiteError as trouble:
-            if database.is_damage(trouble):
-                raise SystemExit(DAMAGED) from None
+            why = database.error_text(trouble, desk.path)
+            if database.is_damage(why):
+                raise
             # It has run: keep the result until there is room for it, and claim nothing meanwhile.
             # Its output files may be what takes the room.
             if not kept:
-                why = database.error_text(trouble, desk.path)
                 desk.say("trouble", f"{run.job}: result kept: {why}")
             kept = True
             desk.clear()

@@ -172,7 +172,7 @@ def test_an_index_that_the_table_does_not_bear_out_is_damage_and_no_endless_race
     with closing(database.connect(path)) as db:
         with pytest.raises(database.SQLiteError) as damage:
             take(db)
-        assert database.is_damage(damage.value)
+        assert database.is_damage(database.error_text(damage.value, path))
 
 
 def plan(db: sqlite3.Connection, deed: Callable[[], Any]) -> dict[str, list[str]]:
@@ -715,6 +715,14 @@ def test_an_error_of_another_file_names_that_file():
         error = OSError(number, os.strerror(number), "/there/q.db.run/w1.out")
         assert database.error_text(error, "/there/q.db") == f"/there/q.db.run/w1.out: {why}"
     assert database.error_text(OSError(12, "no memory"), "/q.db") == "/q.db: no memory"
+
+
+def test_a_mistake_of_ours_is_not_told_as_damage(db, path):
+    with pytest.raises(TypeError, match="ours"):
+        database.error_text(TypeError("ours"), path)
+    db.execute("ALTER TABLE runs RENAME COLUMN error TO ERROR")
+    assert "is damaged" in database.error_text(TypeError("of damage"), path)
+    db.execute("ALTER TABLE runs RENAME COLUMN ERROR TO error")
 
 
 def test_a_migration_that_fails_half_way_leaves_the_queue_as_it_was(db, path, monkeypatch):

@@ -331,6 +331,39 @@ def test_the_schema_has_a_byte_that_is_no_text(whole: Any) -> None:
     assert "is damaged: its schema is no text" in call(queue, "list")[2]
 
 
+@pytest.mark.parametrize(
+    "change",
+    (
+        "UPDATE jobs SET max_retries = 'x', attempts = x'ff'",
+        "UPDATE jobs SET created_at = 1e15 WHERE id = 'one'",
+        "UPDATE jobs SET command = x'00ff' WHERE id = 'one'",
+        "UPDATE runs SET started_at = 'x', stdout = 'x'",
+        "ALTER TABLE runs RENAME COLUMN stderr TO STDERR",
+        "DROP INDEX jobs_state",
+    ),
+)
+def test_what_no_code_of_ours_has_written_is_told_as_damage(whole: Any, change: str) -> None:
+    """As any flipped byte may: SQLite gives it out as it is, and nobody can reckon with it."""
+    queue, good, _ = whole
+    lay(queue, good)
+    with contextlib.closing(database.connect(queue.path)) as db:
+        db.execute(change)
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert assert_told(queue, Path(queue.path).read_bytes(), change)
+
+
+@pytest.mark.parametrize("change", ("max_retries = 'x'", "run_at = 'x', due = 0", "cwd = x'00'"))
+def test_workers_leave_a_queue_with_values_that_cannot_be(queue: Queue, change: str) -> None:
+    enqueue(queue, "a", "true")
+    with contextlib.closing(database.connect(queue.path)) as db:
+        db.execute(f"UPDATE jobs SET {change}")
+    process = queue.start("--drain", ready=False)
+    assert process.wait(timeout=DEADLINE_S / 2) == 1
+    said = process.log.read_text()
+    assert "is damaged" in said and "Traceback" not in said, said
+    Path(queue.path).unlink()  # or the check that ends each test finds it, too
+
+
 @pytest.mark.parametrize("table", [*"jobs jobs_due jobs_state runs runs_job workers".split(), ""])
 def test_doctor_names_the_damage(whole: Any, table: str) -> None:
     """It says which table is hurt, and not "`doctor` tells more"."""
