@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
 
@@ -128,8 +129,7 @@ def store(path: str, key: str, text: str) -> dict[str, Any]:
             with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as private:
                 new = os.path.join(private, "config.json")
                 with open(new, "w", encoding="utf-8") as file:
-                    mode = os.stat(path).st_mode & 0o777 if os.path.exists(path) else 0o600
-                    os.chmod(new, mode)
+                    os.chmod(new, os.stat(path).st_mode & 0o777 if os.path.exists(path) else 0o600)
                     file.write(json.dumps(settings, indent=2) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
@@ -360,12 +360,10 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_
 
 def parse_number(text: str, name: str) -> float:
     """Return an int or a float; only what JSON or a shell would call one, so no 1_000."""
-    for kind in (int, float):
-        try:
-            if "_" not in text and text.isascii():
+    if "_" not in text and text.isascii():
+        for kind in (int, float):
+            with suppress(ValueError):
                 return kind(text)
-        except ValueError:
-            pass
     raise BadInput(f'{name}: "{text}" is not a number')
 
 

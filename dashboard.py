@@ -255,8 +255,7 @@ class Server(ThreadingTCPServer):  # no HTTPServer: that would ask the DNS for o
         self.await_cancelled = partial(hands.await_cancelled, path, settings, say)
         name = socket.gethostname() if self.ip.is_unspecified else host
         self.host = (f"[{name}]" if ":" in name else name).lower() + f":{self.port}"
-        folder = database.run_directory(path)
-        self.token_path = os.path.join(folder, f"dashboard-{self.port}.token")
+        self.token_path = os.path.join(database.run_directory(path), f"dashboard-{self.port}.token")
         self.token = kept_token(self.token_path)
         self.cookie = f"queuectl_{self.port}={self.token}"  # browsers share them between ports
         # A cookie comes along with whatever another site makes the browser send; this does not.
@@ -399,8 +398,7 @@ class Handler(BaseHTTPRequestHandler):
             return False
         if same(headers.get("Authorization", ""), f"Bearer {server.token}"):
             return True  # no other site can make a browser send this
-        cookies = headers.get("Cookie", "").split("; ")
-        known = any(same(cookie, server.cookie) for cookie in cookies)
+        known = any(same(each, server.cookie) for each in headers.get("Cookie", "").split("; "))
         if changes:
             return known and same(headers.get("X-Key", ""), server.key)
         given = self.query.get("token", "") if path == "/" else ""
@@ -428,8 +426,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def metrics(self) -> None:
         with opened(self.server.path) as db:
-            workers = self.server.hands.live_workers(db)
-            text = self.server.meter.text(db, workers, time.time())
+            text = self.server.meter.text(db, self.server.hands.live_workers(db), time.time())
         self.send(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def found(self, look: Callable[[Any], Any]) -> None:

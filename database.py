@@ -155,8 +155,8 @@ class Result(NamedTuple):
     exit_code: int | None = None
     error: str | None = None
     stdout: bytes = b""
-    stderr: bytes = b""
     stdout_bytes: int = 0
+    stderr: bytes = b""
     stderr_bytes: int = 0
 
 
@@ -185,8 +185,7 @@ def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S)
     # Absolute, for to SQLite some names are no files (:memory:); and not os.path.abspath, which
     # shortens link/.. by its letters: that may be another file than the one that was made.
     kind = {"factory": Explained} if show else {}
-    place = os.path.realpath(path)
-    db = sqlite3.connect(place, timeout=patience_s, isolation_level=None, **kind)
+    db = sqlite3.connect(os.path.realpath(path), timeout=patience_s, isolation_level=None, **kind)
     try:
         db.row_factory = Row
         db.text_factory = lambda data: data.decode(errors="replace")  # bytes may have been flipped
@@ -509,16 +508,14 @@ def claim(
                 (worker, start, start, run.seq, run.due_at, run.attempt),
             ).rowcount
             if taken == 1:
-                new = (run.seq, worker, run.attempt, run.due_at, start, clock())
                 opened = db.execute(
                     """
                     INSERT INTO runs (job, worker, attempt, due_at, started_at, started_mono,
                                       line, stop_line)
                     VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
-                    (*new, run.line, run.stop_line),
+                    (run.seq, worker, run.attempt, run.due_at, start, clock(), *run[-2:]),
                 )
-                run = Run(opened.lastrowid, worker, start, *run[3:])
-                return run, now if more else later
+                return run._replace(id=opened.lastrowid, started_at=start), now if more else later
         # rowcount 0: another worker was faster; look again.
     raise sqlite3.DatabaseError("malformed: what an index finds, no row of the table bears out")
 
@@ -576,7 +573,7 @@ def finish(
             """
             UPDATE runs
             SET finished_at = ?, outcome = ?, exit_code = ?, error = ?,
-                stdout = ?, stderr = ?, stdout_bytes = ?, stderr_bytes = ?
+                stdout = ?, stdout_bytes = ?, stderr = ?, stderr_bytes = ?
             WHERE id = ? AND finished_at IS NULL""",
             (now, *result, run.id),
         )
@@ -636,8 +633,7 @@ def retry_dead(db: Connection, seqs: list[int] | None, now: float) -> int:
         if seqs is None:
             return db.execute(again, {"now": now}).rowcount
         for seq in seqs:
-            changed = db.execute(f"{again} AND seq = :seq", {"seq": seq, "now": now}).rowcount
-            if changed != 1:
+            if db.execute(f"{again} AND seq = :seq", {"seq": seq, "now": now}).rowcount != 1:
                 found = job(db, seq)
                 told = f'job "{found["id"]}" is {found["state"]}, not dead'
                 raise QueueError(f"{told}: nothing was changed")
@@ -1050,7 +1046,7 @@ def sentence(job: Row, now: float) -> str:
 REMARKS = {
     ("claim", "UPDATE", 1): "rowcount 1: it is mine",
     ("claim", "UPDATE", 0): "rowcount 0: another worker was faster; look again",
-    ("finish", "UPDATE", 0): "rowcount 0: somebody else has settled it, or nothing was asked",
+    ("finish", "UPDATE", 0): "rowcount 0: nobody has asked to cancel it, or another settled it",
     ("gather", "BEGIN", None): "for a temporary table alone: nobody waits for it",
     ("enqueue", "COMMIT", None): "now it is safe, and its id may be printed",
 }
@@ -1078,13 +1074,12 @@ class Explained(Connection):
 
     def told(self, run: Callable[[str, Any], Any], sql: str, values: Any) -> Any:
         """Execute one statement, and tell it with what it did and cost."""
-        inside, caller = self.in_transaction, sys._getframe(2)
+        inside, frame = self.in_transaction, sys._getframe(2)
         # A BEGIN has waited since its transaction was asked for, first for our turn.
-        began = caller.f_locals.get("asked", 0) if "BEGIN I" in sql else time.perf_counter()
+        began = frame.f_locals.get("asked", 0) if "BEGIN I" in sql else time.perf_counter()
         answer = run(sql, values)
         answer = Rows(answer.fetchall()) if answer.description else answer
         took = (time.perf_counter() - began) * 1000
-        frame = caller
         # The function that a reader knows: no comprehension, nor what `with transaction` calls.
         while re.match("<|transaction|__", frame.f_code.co_name):
             frame = frame.f_back
@@ -1199,14 +1194,12 @@ def check(db: Connection, path: str) -> Iterator[tuple[str, str, str]]:
         damage = f"in {', '.join(hurt) or 'its unused pages'}: {damage}"
     cause = "a failing disk, or a copy of queue.db without its -wal"
     yield "the file is whole (PRAGMA integrity_check)", damage, cause
-    version = identity(db)[1]
-    other = "" if version == VERSION else f"it is {version}"
     with closing(sqlite3.connect(":memory:")) as new:
         for statement in SCHEMA:
             new.execute(statement)
         missing = {name for _, name, *_ in shape(new) - shape(db)}
-    cause = "another version of queuectl, at work meanwhile, or a hand in the file"
-    yield f"its schema is version {VERSION}, unchanged", other or ", ".join(sorted(missing)), cause
+    cause = "a hand in the file: `connect` has refused or brought up every other version"
+    yield f"its schema is version {VERSION}, unchanged", ", ".join(sorted(missing)), cause
     odd = "".join(found(odd_values(db, table), f" in {table}: ") for table in TABLES).strip()
     cause = "a hand in the file, or a flipped byte: who reads the value cannot reckon with it"
     yield "every value has its column's type, every time a date", odd, cause

@@ -178,8 +178,7 @@ def way_to(handle: int) -> int:
     waiting: the handle that we were given is others' too, and has to stay as it is.
     """
     with suppress(OSError):  # no terminal, or none of ours
-        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        return os.open(os.ttyname(handle), flags)
+        return os.open(os.ttyname(handle), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     return handle
 
 
@@ -403,8 +402,7 @@ def status(place: Place, watch: bool, as_json: bool) -> None:
     if watch and as_json:
         raise BadInput("--json prints one document; leave --watch away and call it again")
     while True:
-        workers = len(place.hands.live_workers(place.db))
-        found = database.summary(place.db, time.time(), workers)
+        found = database.summary(place.db, time.time(), len(place.hands.live_workers(place.db)))
         if watch and sys.stdout.isatty() and not DUMB:
             click.clear()
         if as_json:
@@ -738,8 +736,7 @@ def doctor(place: Place, as_json: bool) -> int:
     else:
         for name, problem, cause in found:
             click.echo(clean(f"BROKEN  {name}: {problem}" if problem else f"ok      {name}"))
-            chance = "perhaps" if problem else "would be"
-            told = f"        {chance} broken by {cause}"
+            told = f"        {'perhaps' if problem else 'would be'} broken by {cause}"
             click.echo(told if PLAIN else click.style(told, dim=True))
     return int(not ok)
 

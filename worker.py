@@ -150,9 +150,8 @@ class Supervisor:
         self.try_stop_line()
         # Workers read end of file here when the supervisor is gone, however it went.
         self.lifeline, self.lifeline_write = os.pipe()
-        me = os.uname().nodename, boot_id(), self.pid, process_birth(self.pid) or ""
-        limit_s = self.settings["lock_timeout_s"]
-        self.id = database.register_supervisor(self.queue(), *me, time.time(), limit_s)
+        me = os.uname().nodename, boot_id(), self.pid, process_birth(self.pid) or "", time.time()
+        self.id = database.register_supervisor(self.queue(), *me, self.settings["lock_timeout_s"])
         told = f"{database.plural(self.count, 'worker')} on {self.path}; Ctrl+C stops"
         self.say("supervisor", self.pid, "started", told)
 
@@ -233,8 +232,7 @@ class Supervisor:
         with suppress(FileNotFoundError):
             file = os.stat(self.path)[1:3]  # inode and device
         if file is None or self.file not in (None, file):
-            what = "is gone" if file is None else "was replaced"
-            self.fatal = f"{self.path} {what}: leaving"
+            self.fatal = f"{self.path} {'is gone' if file is None else 'was replaced'}: leaving"
             raise QueueError(self.fatal)
         if self.db is None:
             self.db = database.connect(self.path, durable=False, patience_s=self.patience_s)
@@ -281,7 +279,7 @@ class Supervisor:
                 kill_at = mono + self.settings["kill_grace_s"]
                 self.endings[row["worker"]] = Ending(row, *reason, kill_at=kill_at)
             elif mine and row["run"]:
-                bound_output(self.path, row["worker"], int(self.settings["output_limit_bytes"]))
+                bound_output(self.path, row["worker"], self.settings["output_limit_bytes"])
         over = []
         for ending in self.endings.values():
             if self.emptied(ending, mono) and self.ended_afar(db, ending, mono):
@@ -301,8 +299,7 @@ class Supervisor:
             database.beat(db, self.id, now)
             self.beat_at = mono + min(10.0, self.settings["lock_timeout_s"] / 4)
         supervisors = [row for row in database.supervisors(db) if is_here(row)]
-        me = (self.id, self.pid)
-        own = [row["stop"] for row in supervisors if (row["id"], row["pid"]) == me]
+        own = [row["stop"] for row in supervisors if (row["id"], row["pid"]) == (self.id, self.pid)]
         self.asked = max([self.asked, *own, self.drain and database.settled(db)])
         if self.id and not own:
             self.id = 0  # for in a queue that replaces ours another may have this number
@@ -407,11 +404,10 @@ class Supervisor:
             if ending.run not in (None, run.id):
                 outcome, error = NOT_COUNTED  # it had just gone on to another job
             lost = error.startswith("worker lost")  # then nobody knows how the command ended
-            limit = int(self.settings["output_limit_bytes"])
-            paths = output_paths(self.path, name)
-            (out, out_size), (err, err_size) = [file_tail(path, limit) for path in paths]
+            limit = self.settings["output_limit_bytes"]
+            out, err = [file_tail(path, limit) for path in output_paths(self.path, name)]
             exit_code = None if lost else -ending.last_signal
-            result = Result(outcome, exit_code, error, out, err, out_size, err_size)
+            result = Result(outcome, exit_code, error, *out, *err)
             told = record(db, run, result, self.settings, time.time())
             self.say(name, row["pid"], *told)
             database.ring(self.path)  # it may be due again, and nobody who sleeps knows of it
@@ -511,8 +507,7 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
     log = os.path.join(database.run_directory(path), "workers.log")
     with open(log, "a+b", 0, opener=database.safe_open) as file:
         log_start = file.seek(0, os.SEEK_END)
-        program = os.path.join(os.path.dirname(__file__), "queuectl.py")
-        words = [sys.executable, program, *arguments]
+        words = [sys.executable, os.path.join(os.path.dirname(__file__), "queuectl.py"), *arguments]
         streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=file)
         process = subprocess.Popen(words, **streams, start_new_session=True)
         limit_s = 30 + count / 10
@@ -670,13 +665,11 @@ def run_one(desk: Desk, run: Run) -> Result:
         while not far.reached(time.monotonic()):
             time.sleep(0.01)
         end_leftovers(desk)  # of tries that hung
-    limit = int(desk.settings["output_limit_bytes"])
-    (out, out_size), (err, err_size) = [read_tail(handle, limit) for handle in desk.outputs]
+    out, err = [read_tail(handle, desk.settings["output_limit_bytes"]) for handle in desk.outputs]
     if code:
-        last_line = err[-500:].decode(errors="replace").strip().rpartition("\n")[2]
+        last_line = err[0][-500:].decode(errors="replace").strip().rpartition("\n")[2]
         error = signal_text(code) + (last_line and f": {last_line}")
-    outcome = "failed" if error else "completed"
-    return Result(outcome, code, error, out, err, out_size, err_size)
+    return Result("failed" if error else "completed", code, error, *out, *err)
 
 
 def hand_in(desk: Desk, run: Run, result: Result, wanted: Callable[[], bool]) -> Run | None:
@@ -746,8 +739,7 @@ def record(db: Any, run: Run, result: Result, settings: Settings, now: float) ->
     if result.outcome == "stopped" and verb != "cancelled":
         verb = "put back"
     elif verb == "failed":
-        wait = duration_text(run_at - now)
-        told += f"; retry {run.attempt} of {run.max_retries} in {wait}"
+        told += f"; retry {run.attempt} of {run.max_retries} in {duration_text(run_at - now)}"
     elif verb == "dead":
         told += f"; moved to the DLQ after {database.plural(run.attempt, 'run')}"
     elif verb == "ignored":

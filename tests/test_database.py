@@ -65,7 +65,7 @@ def take(db: sqlite3.Connection, worker: str = "w1", now: float = NOW) -> Run | 
 
 
 def end(db: sqlite3.Connection, run: Run, outcome: str = "failed", now: float = NOW) -> Any:
-    return database.finish(db, run, Result(outcome, 1, "error", b"out", b"", 3, 0), now, 3600, 0)
+    return database.finish(db, run, Result(outcome, 1, "error", b"out", 3), now, 3600, 0)
 
 
 def bring(db: sqlite3.Connection, state: str, now: float = NOW, **fields: Any) -> int:
@@ -317,7 +317,7 @@ def test_a_job_that_fails_once_and_then_succeeds_keeps_both_runs_and_no_error(db
     seq = bring(db, "failed")
     run = take(db, "w2", NOW + 10)
     assert database.job(db, seq)["exit_code"] is database.job(db, seq)["last_error"] is None
-    done = Result("completed", 0, None, b"end", b"", 5000, 0)
+    done = Result("completed", 0, None, b"end", 5000)
     assert database.finish(db, run, done, NOW + 11, 3600, 0) == ("completed", NOW + 10)
     found = database.as_object(database.job(db, seq))
     assert (found["attempts"], found["exit_code"], found["last_error"]) == (2, 0, None)

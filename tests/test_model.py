@@ -226,7 +226,7 @@ class Memory(RuleBasedStateMachine):
     def end(self, db: Wire, run: Run, outcome: str, jitter: float = 0.0) -> None:
         error = None if outcome == "completed" else f"{outcome} at {self.now}"
         code, said = (0 if outcome == "completed" else 3), f"{run.attempt} {self.now}".encode()
-        result = Result(outcome, code, error, said, b"", len(said), 0)
+        result = Result(outcome, code, error, said, len(said))
         found = database.finish(db, run, result, self.now, MAX_BACKOFF_S, jitter)
         if self.open.get(run.worker) != run:
             assert found is None, "somebody else's run was ended"
