@@ -190,6 +190,9 @@ def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S)
         db.row_factory = Row
         db.text_factory = lambda data: data.decode(errors="replace")  # bytes may have been flipped
         db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        # On macOS a sync stops at the drive's cache, unless it is told not to.
+        db.execute(f"PRAGMA fullfsync = {int(durable)}")
+        db.execute("PRAGMA checkpoint_fullfsync = 1")  # and what was synced leaves the -wal then
         db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages; each stops us for some 10 ms
         db.execute("PRAGMA journal_size_limit = 33554432")  # of what a stalled reader made grow
         if identity(db) != (APPLICATION_ID, VERSION):

@@ -574,6 +574,8 @@ def test_a_new_queue_is_private_whatever_the_umask_and_has_the_version_and_wal(p
 def test_commands_commit_for_good_and_workers_fast(path, durable, level):
     with closing(database.connect(path, durable)) as db:
         assert db.execute("PRAGMA synchronous").fetchone()[0] == level
+        assert db.execute("PRAGMA fullfsync").fetchone()[0] == durable
+        assert db.execute("PRAGMA checkpoint_fullfsync").fetchone()[0] == 1
 
 
 def test_many_who_make_the_queue_at_once_all_get_the_same_one(tmp_path):
