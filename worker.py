@@ -448,7 +448,7 @@ def is_served(db: Any) -> bool:
 
 
 def live(rows: Iterable[Any]) -> list[Any]:
-    return [row for row in rows if not is_here(row) or is_alive(row)]
+    return [row for row in rows if not is_here(row) or is_hidden(row) or is_alive(row)]
 
 
 def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | None) -> int:
@@ -509,6 +509,7 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
         log_start = file.seek(0, os.SEEK_END)
         words = [sys.executable, os.path.join(os.path.dirname(__file__), "queuectl.py"), *arguments]
         streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C: see below
         process = subprocess.Popen(words, **streams, start_new_session=True)
         limit_s = 30 + count / 10
         deadline = time.monotonic() + limit_s
@@ -785,7 +786,7 @@ def make_run_directory(path: str) -> None:
         if owner != os.geteuid():
             raise QueueError(f"{place} belongs to another user (uid {owner})")
     # There already; or there are no FIFOs here, and polling alone serves.
-    with suppress(FileExistsError, PermissionError, AttributeError):
+    with suppress(OSError, AttributeError):
         os.mkfifo(os.path.join(folder, "bell"), 0o600)
 
 
@@ -861,7 +862,8 @@ def bound_output(path: str, worker: str, limit: int) -> None:
             length = str(status.st_size - limit)
             punch = ["fallocate", "--punch-hole", "--offset=0", "--length", length, "/dev/stdin"]
             try:
-                subprocess.run(punch, stdin=file, stderr=subprocess.DEVNULL, check=True)
+                quiet = dict(stdin=file, stderr=subprocess.DEVNULL, start_new_session=True)
+                subprocess.run(punch, **quiet, check=True)  # in a session deaf to Ctrl+C
             except (OSError, subprocess.CalledProcessError):
                 file.truncate(0)  # no holes here: the end so far is lost, the disk is not
 
@@ -877,7 +879,7 @@ def boot_id() -> str:
     """
     with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
         return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
-    return ask("sysctl", "-n", "kern.bootsessionuuid")
+    return ask("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid")
 
 
 def process_birth(pid: int) -> str | None:
@@ -943,6 +945,8 @@ def variable(name: bytes) -> Any:
 
 def children(pid: int) -> list[str]:
     """Return the pids of a process's children, where the system says."""
+    if sys.platform != "linux":
+        return ask("pgrep", "-P", str(pid)).split()
     with suppress(OSError), open(f"/proc/{pid}/task/{pid}/children") as file:
         return file.read().split()
     return []
@@ -972,12 +976,15 @@ def process_status(pid: int) -> Any:
 
 
 def ask(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    # `ps` tells a birth by locale and time zone: another one would make a live worker look dead.
+    # And so would a `ps` that Ctrl+C has ended: in a session of its own it does not come.
+    plain = dict(env=os.environ | {"LC_ALL": "C", "TZ": "UTC"}, start_new_session=True)
+    return subprocess.run(command, capture_output=True, text=True, **plain).stdout.strip()
 
 
 def is_here(row: Any) -> bool:
     """Say whether a row is of this machine: of this boot or, if older, of this host name."""
-    return row["boot"] == boot_id() or row["host"] == os.uname().nodename
+    return row["boot"] == boot_id() or is_hidden(row) or row["host"] == os.uname().nodename
 
 
 def is_hidden(row: Any) -> bool:
@@ -1032,9 +1039,15 @@ def await_signals() -> tuple[int, list[int]]:
     for end in ends:
         os.set_blocking(end, False)
     signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
+
+    def note(number: int, _: Any) -> None:
+        # Of a terminal that is closed two may come: of its shell, and of the kernel.
+        if number != signal.SIGHUP or number not in come:
+            come.append(number)
+
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, lambda number, _: come.append(number))
+            signal.signal(number, note)
     return ends[0], come
 
 

@@ -7,6 +7,7 @@ if the numbers of its runs are out of order there.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -300,6 +301,8 @@ def test_a_supervisor_is_told_to_leave_and_finishes_the_running_job(
     begun(queue)
     supervisor.send_signal(number)
     eventually(lambda: len(queue.workers()) == 1, "the idle worker has left")
+    if number == signal.SIGHUP:  # a closed terminal: its shell may send one, and so may the kernel
+        supervisor.send_signal(number)
     enqueue(queue, "waiting", "true")
     go(queue)
     assert supervisor.wait(timeout=DEADLINE_S) == 0
@@ -461,6 +464,19 @@ def test_workers_go_to_the_background(queue: Queue) -> None:
     assert queue.run("worker", "stop", check=0).stdout == "2 workers stopped\n"
     assert "completed  a" in Path(log).read_text()
     eventually(lambda: worker.process_birth(pid) is None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_starts_workers_in_the_background_is_ended_meanwhile_and_leaves_none(
+    queue: Queue, number: signal.Signals
+) -> None:
+    words = [sys.executable, str(ROOT / "queuectl.py"), "worker", "start", "--detach"]
+    log = Path(queue.path + ".run", "workers.log")
+    with subprocess.Popen([*words, "--count", "60"], env=queue.environment) as process:
+        eventually(lambda: log.exists() and "started" in log.read_text())
+        process.send_signal(number)
+    assert process.returncode == 130
+    eventually(lambda: "left" in log.read_text(), "the supervisor has left")
 
 
 # --- killed ----------------------------------------------------------------------------------
@@ -1219,23 +1235,68 @@ def test_a_job_removes_the_run_directory_and_its_result_is_kept(queue: Queue) ->
     assert queue.job("b")["stdout"] == "hello\n"
 
 
+@pytest.mark.parametrize("host", (HOST, "4f5a90c1be77"))
 def test_workers_of_another_container_are_heard_and_not_judged_by_their_pids(
-    queue: Queue, monkeypatch: pytest.MonkeyPatch
+    queue: Queue, host: str
 ) -> None:
-    """Same machine, same host name, another PID namespace: its pids say nothing here."""
+    """Same machine, another PID namespace and mostly host name: its pids say nothing here."""
     enqueue(queue, "a", "true")
     gone = subprocess.Popen(["true"])
     gone.wait()
     db, _ = claimed(queue, gone.pid)
     here = worker.boot_id()
-    db.execute("UPDATE supervisors SET boot = ?, lock_timeout_s = 2", (here + "1",))
+    db.execute("UPDATE supervisors SET boot = ?, lock_timeout_s = 2, host = ?", (here + "1", host))
     looks, told = settler(queue)
     looks.tick(db, time.time(), 0)
     assert (queue.state("a"), told) == ("processing", [])
+    assert [row["worker"] for row in worker.live_workers(db)] == ["w1"]
     for mono in (1, 2, 3, 4):
         looks.tick(db, time.time(), mono)
     db.close()
     assert told == ["failed"], "after its heartbeat has been silent for its own lock_timeout_s"
+
+
+def test_ps_is_asked_in_the_same_words_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another time zone or language would make each live worker look like a recycled pid."""
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    asked = worker.ask("sh", "-c", "echo $TZ $LC_ALL; ps -o sid= -p $$").split()
+    assert asked[:2] == ["UTC", "C"]
+    assert asked[2] != str(os.getsid(0)), "and not in the session that Ctrl+C comes to"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with subprocess.Popen(["sleep", "60"]) as child:
+        assert str(child.pid) in worker.children(os.getpid())
+        child.kill()
+
+
+def test_ctrl_c_does_not_come_to_who_cuts_an_output(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would end it, and that is taken for a file system without holes: all is thrown away."""
+    database.connect(queue.path).close()
+    worker.make_run_directory(queue.path)
+    fake = queue.folder / "fallocate"
+    fake.write_text(f"#!/bin/sh\nps -o sid= -p $$ > {queue.folder}/session\n")
+    fake.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{queue.folder}:{os.environ['PATH']}")
+    output = Path(queue.path + ".run", "w1.out")
+    output.write_bytes(bytes(worker.OUTPUT_BOUND + 8192))
+    worker.bound_output(queue.path, "w1", 100)
+    output.unlink()
+    assert int((queue.folder / "session").read_text()) != os.getsid(0)
+
+
+def test_where_there_are_no_fifos_polling_serves(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    database.connect(queue.path).close()
+    monkeypatch.setattr(os, "mkfifo", none)
+    worker.make_run_directory(queue.path)
+    enqueue(queue, "a", "true")
+    assert database.open_bell(queue.path, os.O_RDWR) is None
 
 
 def test_a_child_that_died_is_forgotten_though_a_worker_elsewhere_has_its_pid(queue: Queue) -> None:
