@@ -278,9 +278,11 @@ def check_time(name: str, value: Any) -> float:
         offset = timedelta(hours=int(hours), minutes=int(hours[0] + minutes))
         fields = {key: int(digits) for key, digits in found.items()}
         moment = datetime(**fields, microsecond=int(f"{fraction:0<6}"), tzinfo=timezone(offset))
-        return check_time(name, moment.timestamp())
+        if 0 <= moment.timestamp() <= LAST_TIME:
+            return moment.timestamp()
+        raise ValueError
     except (AttributeError, ValueError, OverflowError):
-        told = "is no date; write it like 2030-01-31T12:00:00Z"
+        told = "is no date from 1970 to 9999; write it like 2030-01-31T12:00:00Z"
         raise BadInput(f'"{name}" {value[:40]!a} {told}') from None
 
 

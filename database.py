@@ -1011,8 +1011,8 @@ def duration_text(seconds: float) -> str:
     """Return a span for people: 4 ms, 3.4 s, 2 min 5 s, 3 h 20 min, 2 d 4 h."""
     if seconds < 0.0995:
         return f"{max(seconds, 0) * 1000:.0f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{min(seconds, 59.9):.1f} s"
     for size, unit, part, smaller in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min")):
         if seconds >= size:
             return f"{int(seconds // size)} {unit} {int(seconds % size // part)} {smaller}"
@@ -1037,7 +1037,10 @@ def sentence(job: Row, now: float) -> str:
         after = f"next try in {until}" if until else "next try as soon as a worker is free"
         return f"failed {job['attempts']} of {plural(total, 'run')}, {after}"
     if state == "dead":
-        return f"dead after {ran}; `dlq retry {job['id']}` starts over"
+        import shlex
+
+        name = "-- " * job["id"].startswith("-") + shlex.quote(job["id"])  # it will be pasted
+        return f"dead after {ran}; `dlq retry {name}` starts over"
     if state == "completed":
         return f"completed on run {job['attempts']} of {total}"
     return f"cancelled after {ran}" if job["attempts"] else "cancelled while it waited"
@@ -1238,6 +1241,6 @@ if __name__ == "__main__":
     path = os.environ.get("QUEUECTL_DB") or DEFAULT_PATH
     try:
         connect(path).close()
-    except QueueError as error:
-        raise SystemExit(f"Error: {error}") from None
+    except (QueueError, sqlite3.Error) as error:
+        raise SystemExit(f"Error: {error_text(error, path)}") from None
     print(f"queue ready: {path}")

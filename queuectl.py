@@ -76,7 +76,7 @@ def main() -> int:
         sys.stdout.flush()
     except click.ClickException as error:
         message, code = error.format_message(), error.exit_code
-        if "\n" in message:  # click's help, shown for a command without its words
+        if message.startswith("Usage:"):  # click's help, shown for a command without its words
             click.echo(message, err=True)
         else:
             hint = isinstance(error, click.UsageError) and not isinstance(error, click.BadParameter)
@@ -204,6 +204,14 @@ def show_statements(statements: list[tuple[str, str, str]]) -> None:
             remark = remark and click.style(remark, fg="yellow")
         lines.append(head + text + (remark and f"  <- {remark}"))
     put(sys.stderr, "\n".join(lines))
+
+
+def is_unserved(place: Place, start: str = "") -> bool:
+    """Remark, if so, that nobody works on the queue, and return it."""
+    served = place.hands.is_served(place.db)
+    if not served:
+        click.echo(f"{start}no worker is running; `worker start` starts one", err=True)
+    return not served
 
 
 def duration(text: str) -> float:
@@ -481,6 +489,8 @@ def show(place: Place, id: str, as_json: bool) -> None:
         emit(found)
         return
     click.echo(clean(f"{row['id']}: {database.sentence(row, time.time())}"))
+    if row["state"] == "processing":
+        is_unserved(place)
     for name, value in found.items():
         if name not in ("id", "stdout", "stderr", "runs"):
             click.echo(f"  {name:<12}  {'-' if value is None else clean(str(value))}")
@@ -511,6 +521,7 @@ def logs(
     names = [name for name in ("stdout", "stderr") if streams[name] or not any(streams.values())]
     tails = {name: Tail(name, len(names) < 2, follow) for name in names if not as_json}
     known = None  # the number of the run that is shown: to its end, though another may begin
+    told = not follow
     while True:
         runs = place.hands.runs_so_far(place.db, place.path, seq, LIVE_BYTES)
         runs = [run for run in runs if attempt in (None, run["attempt"])]
@@ -529,6 +540,7 @@ def logs(
                 what = "not run" if attempt is None else f"no run {attempt}"
                 hope = "" if ended else " yet; --follow waits for it"
                 raise database.QueueError(f'job "{job["id"]}" has {what}{hope}')
+        told = told or is_unserved(place)
         time.sleep(0.1)
     if as_json:
         emit(database.as_object(run) | {"id": database.job(place.db, seq)["id"]})
@@ -578,9 +590,7 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
             click.echo(start + line, nl=not left, err=True)
         if not left:
             break
-        if not told and not place.hands.is_served(place.db):
-            told = True
-            click.echo(f"{start}no worker is running; `worker start` starts one", err=True)
+        told = told or is_unserved(place, start)
         if (rest := deadline - time.monotonic()) <= 0:
             click.echo(start, nl=False, err=True)
             after = duration_text(timeout)

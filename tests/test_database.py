@@ -867,6 +867,11 @@ SENTENCES = [
     ),
     (dict(state="dead", attempts=4), "dead after 4 runs; `dlq retry a` starts over"),
     (dict(state="dead", attempts=1), "dead after 1 run; `dlq retry a` starts over"),
+    (dict(state="dead", attempts=1, id="a b"), "dead after 1 run; `dlq retry 'a b'` starts over"),
+    (
+        dict(state="dead", attempts=1, id="--all"),
+        "dead after 1 run; `dlq retry -- --all` starts over",
+    ),
     (dict(state="completed", attempts=1), "completed on run 1 of 4"),
     (dict(state="cancelled"), "cancelled while it waited"),
     (dict(state="cancelled", attempts=2), "cancelled after 2 runs"),
@@ -881,7 +886,7 @@ def test_one_sentence_says_why_a_job_is_in_its_state_and_what_is_next(fields, te
 
 
 SPANS = {-1: "0 ms", 0.04: "40 ms", 0.0996: "0.1 s", 3.44: "3.4 s", 60: "1 min 0 s"}
-SPANS |= {3599: "59 min 59 s", 12_000: "3 h 20 min", 187_200: "2 d 4 h"}
+SPANS |= {59.97: "59.9 s", 3599: "59 min 59 s", 12_000: "3 h 20 min", 187_200: "2 d 4 h"}
 
 
 def test_a_span_of_time_reads_like_a_sentence():

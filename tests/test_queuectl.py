@@ -449,6 +449,9 @@ BAD_CALLS = [
     (2, "--lines goes with --file", "enqueue --lines --command true"),
     (2, "give one of them", "enqueue --command true --delay 1s --run-at 0"),
     (2, "is no date", "enqueue --command true --run-at tomorrow"),
+    (2, "'1969-07-20' is no date from 1970", "enqueue --command true --run-at 1969-07-20"),
+    (2, "is no date", "enqueue --command true --run-at 9999-12-31T23:59:59-01:00"),
+    (2, "argument (two\\nlines) (see", "enqueue echo 'two\nlines'"),
     (2, "'--delay': \"-1s\" is no duration", "enqueue --command true --delay -1s"),
     (2, "'--timeout': \"5x\" is no duration", "enqueue --command true --timeout 5x"),
     (2, "Invalid value for '--priority': '1.5'", "enqueue --command true --priority 1.5"),
@@ -990,6 +993,12 @@ def test_the_default_files_are_beside_the_program_wherever_it_is_called(tmp_path
     assert made - {"queue.db-wal", "queue.db-shm"} == {"queue.db", "queue.db.run", "config.json"}
 
 
+def test_the_module_of_the_queue_says_why_it_cannot_make_one() -> None:
+    words, place = [sys.executable, str(ROOT / "database.py")], {"QUEUECTL_DB": "/sys/queue.db"}
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | place)
+    assert done.stderr.startswith("Error: /sys/queue.db: ") and done.stderr.count("\n") == 1
+
+
 def test_the_queue_is_private_whatever_the_umask(queue: Queue) -> None:
     def run(*words: str) -> None:
         subprocess.run([*QUEUECTL, *words], env=queue.environment, umask=0, check=True)
@@ -1060,7 +1069,8 @@ def test_logs_follow_a_job_from_before_its_start_to_its_end(queue: Queue) -> Non
     assert queue.run("logs", "slow", "--stderr", check=0).stdout == ""
     (queue.folder / "go").touch()
     out, err = follower.communicate(timeout=DEADLINE_S)
-    assert (sorted(out.split()), err, follower.returncode) == ([b"end", b"late"], b"", 0)
+    assert (sorted(out.split()), follower.returncode) == ([b"end", b"late"], 0)
+    assert err == b"no worker is running; `worker start` starts one\n", "at first, and said once"
     queue.run("wait", "slow", "--timeout", "30s", check=0)
 
 

@@ -391,6 +391,17 @@ def test_wait_calls_for_no_workers_while_those_there_are_end_a_run(queue: Queue)
     assert "no worker is running" in queue.run("wait", "--timeout", "0s", check=1).stderr
 
 
+def test_show_says_that_nobody_ends_a_run_whose_workers_are_all_gone(queue: Queue) -> None:
+    enqueue(queue, "a", UNTIL_GO)
+    supervisor = queue.start()
+    begun(queue)
+    assert queue.run("show", "a", check=0).stderr == ""
+    supervisor.kill()
+    os.kill(queue.workers()[0]["pid"], signal.SIGKILL)
+    eventually(lambda: "no worker is running" in queue.run("show", "a", check=0).stderr)
+    go(queue)
+
+
 def test_who_has_been_asked_to_leave_serves_no_more_but_a_worker_alone_does(tmp_path: Path) -> None:
     me = os.getpid()
     birth = worker.process_birth(me)
