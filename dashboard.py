@@ -40,7 +40,8 @@ PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "dashboard.html"
 LOOK_S = 0.25  # how often the watcher looks for a change ...
 SHARE = 10  # ... but it rests ten times as long as it worked: a big queue makes it slow, not hungry
 REFRESH_S = 5.0  # without any change: the last hour goes on, and viewers hear that we are there
-LANES_S, LANE_RUNS, CHART_S, PAGE_JOBS = 900, 600, 1800, 50  # what the page shows at most
+LANES_S, LANE_RUNS, CHART_S, PAGE_JOBS = 900, 600, 1800, 50  # what the page shows at most ...
+PAGE_RUNS = 100  # ... and of one job
 REQUEST_S, SEND_S = 10.0, 10.0  # to read a whole request; to get rid of one piece of an answer
 CONNECTIONS = 256  # at once; then the oldest that has not asked for anything yet must go
 BODY_BYTES, OUTPUT_BYTES = 2**20, 2**16
@@ -355,7 +356,7 @@ class Handler(BaseHTTPRequestHandler):
         workers = self.server.hands.live_workers
         looks = {
             "/api/status": lambda db: database.summary(db, time.time(), len(workers(db))),
-            "/api/workers": lambda db: [as_object(row) for row in workers(db)],
+            "/api/workers": lambda db: [database.worker_object(row) for row in workers(db)],
             "/api/jobs": self.jobs,
             "/api/job": self.job,
         }
@@ -452,9 +453,13 @@ class Handler(BaseHTTPRequestHandler):
         return {"jobs": [as_object(row) for row in rows], "next": rest}
 
     def job(self, db: Any) -> dict[str, Any]:
-        """Return a job object with its runs and its sentence; of an open run the output so far."""
+        """Return a job object with its runs and its sentence; of an open run the output so far.
+        `brief`: the last PAGE_RUNS runs, and output of the last alone."""
         seq = database.find(db, self.query.get("id", ""))
         found = self.server.hands.runs_so_far(db, self.server.path, seq, OUTPUT_BYTES)
+        if self.query.get("brief"):
+            nothing = dict(stdout=b"", stderr=b"", stdout_bytes=0, stderr_bytes=0)
+            found = [run | nothing for run in found[-PAGE_RUNS:-1]] + found[-1:]
         runs, row = [as_object(run) for run in found], database.job(db, seq)
         latest = {name: run[name] for run in runs[-1:] for name in ("stdout", "stderr")}
         told = {"sentence": database.sentence(row, time.time())}

@@ -993,6 +993,12 @@ def as_object(row: Row) -> dict[str, Any]:
     return found
 
 
+def worker_object(row: Row) -> dict[str, Any]:
+    found = as_object(row)
+    keys = "worker pid job command since heartbeat_at jobs_done started_at supervisor_pid host"
+    return {key: found[key] for key in keys.split()}
+
+
 def iso(moment: float | None) -> str | None:
     """Return Unix seconds as ISO 8601, UTC, with milliseconds: 2030-01-31T12:00:00.000Z."""
     if moment is None:

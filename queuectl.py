@@ -389,8 +389,7 @@ def list_workers(place: Place, as_json: bool) -> None:
     """Show every live worker and what it runs."""
     now, rows = time.time(), place.hands.live_workers(place.db)
     if as_json:
-        keys = "worker pid job command since heartbeat_at jobs_done started_at supervisor_pid host"
-        emit([{key: each[key] for key in keys.split()} for each in map(database.as_object, rows)])
+        emit([database.worker_object(row) for row in rows])
         return
     lines = []
     for row in rows:

@@ -336,6 +336,21 @@ def test_jobs_have_the_fields_of_the_command_line(window: Window) -> None:
         and status["failed"] + status["dead"] == 2
     )
     assert window.get("/api/workers") == []
+    window.queue.start()
+    keys = window.queue.json("worker", "list")[0].keys()
+    assert window.get("/api/workers")[0].keys() == keys, "and no columns of our own"
+
+
+def test_a_page_is_not_sent_the_output_of_each_run_of_a_job(window: Window) -> None:
+    window.queue.configure(**NEVER)
+    words = "enqueue --id a --max-retries 120 --command".split()
+    window.queue.run(*words, "echo out; echo err >&2; [ $QUEUECTL_ATTEMPT = 120 ]", check=0)
+    window.queue.drain()
+    whole, brief = window.get("/api/job?id=a"), window.get("/api/job?id=a&brief=1")
+    assert [run["stdout"] for run in whole["runs"]] == ["out\n"] * 120
+    assert [run["attempt"] for run in brief["runs"]] == [*range(21, 121)]
+    assert [run["stdout"] + run["stderr"] for run in brief["runs"]] == [""] * 99 + ["out\nerr\n"]
+    assert brief["stdout"] == "out\n" and brief["runs"][-1] == whole["runs"][-1]
 
 
 def test_pages_give_each_job_once_while_new_ones_come(window: Window) -> None:
@@ -1138,6 +1153,87 @@ def test_an_opened_job_is_not_changed_or_closed_by_mistake(window: Window, tab: 
     eventually(lambda: not page.is_visible("#job"), "a click outside closes it")
 
 
+def test_a_second_click_hits_no_other_job_nor_what_the_first_has_made(
+    window: Window, tab: Callable
+) -> None:
+    """The row goes, and the next one slides under the pointer; Retry becomes Cancel."""
+    add(window.queue, *({"id": f"job{n}"} for n in range(5)))
+    page = tab()
+    page.click("#states [data-state=pending]")
+    box = page.locator("#jobs .button").nth(1).bounding_box()
+    page.mouse.click(box["x"] + 9, box["y"] + 9)
+    eventually(lambda: page.locator("#jobs tbody tr").count() == 4)
+    page.mouse.down(click_count=2)  # the second of a double click
+    page.mouse.up(click_count=2)
+    add(window.queue, {"id": "later"})
+    eventually(lambda: page.locator("#jobs [data-id=later]").count() == 1)
+    assert window.queue.states()["cancelled"] == 1
+
+
+def test_the_edge_of_an_opened_job_is_a_scrollbar_and_not_the_outside(
+    window: Window, tab: Callable
+) -> None:
+    add(window.queue, {"id": "a"})
+    page = tab()
+    page.click("#jobs .link")
+    page.wait_for_selector("#job[open]")
+    box = page.locator("#job").bounding_box()
+    event = "new PointerEvent('pointerdown', {clientX: x, clientY: y})"
+    press = f"([x, y]) => $('job').dispatchEvent({event})"
+    page.evaluate(press, [box["x"] + box["width"] - 3, box["y"] + 90])
+    assert page.is_visible("#job")
+    page.evaluate(press, [box["x"] + box["width"] + 3, box["y"] + 90])
+    eventually(lambda: not page.is_visible("#job"))
+
+
+def test_the_end_of_a_running_jobs_output_is_shown(window: Window, tab: Callable) -> None:
+    command = "seq 2000; until [ -e go ]; do sleep 0.1; echo more; done"
+    add(window.queue, {"id": "a", "command": command})
+    window.queue.start()
+    eventually(lambda: "2000" in window.get("/api/job?id=a")["stdout"])
+    page = tab()
+    page.click("#jobs .link")
+    page.wait_for_selector("#job[open]")
+    at_end = "(o => o.scrollTop > 999 && o.scrollTop + o.clientHeight >= o.scrollHeight - 4)"
+    height, lines = page.evaluate("$('out').scrollHeight"), f"{at_end}($('out'))"
+    assert page.evaluate(lines)
+    eventually(lambda: page.evaluate("$('out').scrollHeight") > height, "it goes on")
+    assert page.evaluate(lines), "and is followed"
+    (window.queue.folder / "go").touch()
+
+
+def test_a_job_is_pruned_while_it_is_open(window: Window, tab: Callable) -> None:
+    add(window.queue, {"id": "a"}, {"id": "b", "run_at": time.time() + 1e6})
+    window.queue.start()
+    eventually(lambda: window.queue.state("a") == "completed")
+    page, asked = tab(), []
+    page.click("#jobs [data-id=a] .link")
+    page.wait_for_selector("#job[open]")
+    page.on("request", lambda request: "/api/job?" in request.url and asked.append(request.url))
+    window.queue.run("prune", "--older-than", "0s", check=0)
+    page.wait_for_selector("#sentence:has-text('pruned')")
+    window.queue.run("cancel", "b", check=0)
+    eventually(lambda: count_of(page, "cancelled") == 1)
+    assert len(asked) == 1 and not page.is_visible("#said"), "it is not asked for again"
+
+
+def test_the_focus_is_not_lost_when_what_had_it_goes(window: Window, tab: Callable) -> None:
+    add(window.queue, *({"id": f"job{n:02}"} for n in range(60)))
+    page = tab()
+    focus = "document.activeElement.id || document.activeElement.dataset.state"
+    page.focus("#older")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#shown:has-text('10 jobs')")
+    assert page.evaluate(focus) == "newer", "there are no older ones"
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#shown:has-text('50 jobs')")
+    assert page.evaluate(focus) == "older"
+    page.click("#states [data-state=pending]")
+    page.focus("#jobs .button")
+    page.keyboard.press("Enter")
+    eventually(lambda: count_of(page, "pending") == 59 and page.evaluate(focus) == "pending")
+
+
 def test_what_is_said_can_be_seen_above_a_dialog_and_far_down_the_page(
     window: Window, tab: Callable
 ) -> None:
@@ -1162,12 +1258,12 @@ def test_of_two_jobs_opened_the_one_is_shown_that_was_asked_for_last(
 ) -> None:
     add(window.queue, {"id": "a"}, {"id": "b"})
     page, held = tab(), []
-    page.route("**/api/job?id=a", lambda route: held.append(route))
+    page.route("**/api/job?id=a&*", lambda route: held.append(route))
     page.click("#jobs [data-id=a] .link")
     eventually(lambda: held or page.wait_for_timeout(10))
     page.click("#jobs [data-id=b] .link")
     page.wait_for_selector("#job[open]")
-    with page.expect_response("**/api/job?id=a"):
+    with page.expect_response("**/api/job?id=a&*"):
         held[0].continue_()
     page.evaluate("new Promise(requestAnimationFrame)")
     assert page.text_content("#job-id") == "b"
@@ -1179,7 +1275,7 @@ def test_of_two_jobs_opened_the_one_is_shown_that_was_asked_for_last(
     page.click("#jobs [data-id=b] .link")
     page.wait_for_selector("#job[open]")
     page.click("#job-close")
-    with page.expect_response("**/api/job?id=a"):
+    with page.expect_response("**/api/job?id=a&*"):
         held[0].continue_()
     page.evaluate("new Promise(requestAnimationFrame)")
     assert not page.is_visible("#job"), "it was closed"
