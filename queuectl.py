@@ -194,15 +194,15 @@ def show_statements(statements: list[tuple[str, str, str]]) -> None:
 
     lines = []
     for head, text, remark in statements:
-        text = clean(text)
+        text, remark = head + clean(text), remark and f"  <- {remark}"
         if sys.stderr.isatty():
-            width = max(30, shutil.get_terminal_size().columns - len(head))
-            first, *rest = textwrap.wrap(text, width, break_on_hyphens=False)
-            verb, space, first = first.partition(" ")
-            text = click.style(verb, bold=True) + space + first
-            text = "\n".join([text, *(" " * len(head) + line for line in rest)])
-            remark = remark and click.style(remark, fg="yellow")
-        lines.append(head + text + (remark and f"  <- {remark}"))
+            columns = shutil.get_terminal_size().columns
+            beside = " " * min(len(head), columns // 3)
+            text = textwrap.fill(text, columns, subsequent_indent=beside, break_on_hyphens=False)
+            verb = text[len(head) :].partition(" ")[0]
+            text = head + click.style(verb, bold=True) + text[len(head + verb) :]
+            remark = remark and f"\n{beside}{click.style(remark, fg='yellow')}"
+        lines.append(text + remark)
     put(sys.stderr, "\n".join(lines))
 
 
