@@ -272,7 +272,7 @@ def check_time(name: str, value: Any) -> float:
             raise BadInput(f'"{name}" {value!s:.40} is no time in Unix seconds')
         return float(value)
     try:
-        # datetime.fromisoformat would take 12.5 for half a second past noon, and any sign for a T.
+        # datetime.fromisoformat takes 12.5 for half a second past noon, and any character for a T.
         found = re.fullmatch(MOMENT, check_text(name, value).strip()).groupdict("0")
         hours, minutes, fraction = found.pop("hours"), found.pop("minutes"), found.pop("fraction")
         offset = timedelta(hours=int(hours), minutes=int(hours[0] + minutes))

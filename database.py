@@ -10,9 +10,10 @@ signal a process, or print. The life of a job, each arrow a function below:
     retry_dead   dead -> pending
     prune        completed, dead, cancelled -> gone
 
-Each is one transaction. Those of several statements begin with BEGIN IMMEDIATE: one that reads and
-then writes would fail at once with SQLITE_BUSY_SNAPSHOT when another wrote in between, whatever the
-timeout (https://www.sqlite.org/isolation.html). A single statement is a transaction by itself.
+Each is one transaction (prune: one for each 250 jobs). Those of several statements begin with BEGIN
+IMMEDIATE: one that reads and then writes would fail at once with SQLITE_BUSY_SNAPSHOT when another
+wrote in between, whatever the timeout (https://www.sqlite.org/isolation.html). A single statement
+is a transaction by itself.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ sqlite3.register_adapter(type(None), {}.get)
 
 
 class Run(NamedTuple):
-    """One run of one job: what a worker needs to run it, and to prove that it is still its own."""
+    """One run of one job: what a worker needs to run it, and to prove that it is still its own.
+    `claim` and `held_by` select its fields in this order."""
 
     id: int
     worker: str
@@ -329,6 +331,8 @@ def error_text(error: Exception, path: str) -> str:
         if not os.path.exists(path) or is_sound(path):
             raise error
         error = sqlite3.DatabaseError("malformed")
+    if isinstance(error, QueueError):
+        return str(error)
     if isinstance(error, OSError):  # of a file beside it, perhaps
         why = "is gone" if isinstance(error, FileNotFoundError) else error.strerror
         return f"{error.filename or path}: {why}"
@@ -344,7 +348,7 @@ def error_text(error: Exception, path: str) -> str:
         ("", f"SQLite says: {error}; `doctor` tells more"),
     ):
         if sign in str(error):
-            return str(error) if isinstance(error, QueueError) else f"{path}: {meaning}"
+            return f"{path}: {meaning}"
 
 
 # --- beside the file: the run directory and the bell in it -----------------------------------
@@ -545,7 +549,7 @@ def held_by(db: Connection, worker: str) -> Run | None:
 def finish(
     db: Connection, run: Run, result: Result, now: float, max_backoff_s: float, jitter: float
 ) -> tuple[str, float] | None:
-    """Record how a run ended: (the job's new state, its run_at), or None if it was not its owner's.
+    """Record how a run ended: (the job's new state, its run_at), or None if it has lost the job.
 
     `jitter` is added to the backoff, in seconds. None means that somebody else has settled this
     run meanwhile (fenced, cancelled); then nothing at all is changed.
@@ -669,7 +673,7 @@ def prune(
 
 
 def vacuum(db: Connection) -> bool:
-    """Give the room of what was removed back to the disk; False: as soon as nobody reads.
+    """Give the room of what was removed back to the disk; False: later, when nobody reads.
 
     Who writes meanwhile waits.
     """
@@ -868,8 +872,8 @@ def next_due_at(db: Connection) -> float | None:
     return db.execute("SELECT min(run_at) FROM jobs WHERE due = 0").fetchone()[0]
 
 
-# What follows is for the dashboard: each costs the same in a queue of a million jobs as in a small
-# one, but for `oldest_ready_at`: a tenth of a second, as `counts` does.
+# What follows is mostly for the dashboard: each costs the same in a queue of a million jobs as in a
+# small one, but for `oldest_ready_at`: a tenth of a second, as `counts` does.
 
 SEARCHED = 50_000  # jobs in which one page of a search looks for a text
 BRIEF = """

@@ -74,7 +74,7 @@ class FarEnd:
 
     def __init__(self, run: Run, say: Callable[[str, str], None], leader: bool):
         self.run, self.say = run, say
-        self.leader = leader  # of a session of its own, each try; a worker's stays in the worker's
+        self.leader = leader  # whether each try leads a session of its own; a worker's does not
         self.child, self.tries, self.due = None, 0, 0.0
 
     def reached(self, mono: float) -> bool:
@@ -203,8 +203,8 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             pipes: list[int] = []
             try:
-                active_children()  # closes those of the dead, whose numbers would come first
-                for _ in range(2):  # the numbers that those of multiprocessing will have
+                active_children()  # closes those of the dead, which would come first
+                for _ in range(2):  # the descriptors that those of multiprocessing will have
                     pipes += os.pipe()
                 for handle in pipes:
                     os.close(handle)
@@ -343,7 +343,8 @@ class Supervisor:
             if heartbeat == row["heartbeat_at"] and silent > row["lock_timeout_s"]:
                 return "failed", f"worker lost: silent for {duration_text(silent)}", None
             return None  # its supervisor's to judge: it alone knows why it ended this worker
-        if child.exitcode is not None if child else not is_alive(row):
+        gone = child.exitcode is not None if child else not is_alive(row)
+        if gone:
             cause = f": {signal_text(child.exitcode)}" if child and child.exitcode < 0 else ""
             return "failed", f"worker lost{cause}", None
         if max(row["stop"], self.stopping if mine else 0) > 1:
@@ -421,7 +422,7 @@ class Supervisor:
         del self.endings[name]
 
     def reap(self, pid: int) -> int | None:
-        """Forget a child that has exited; return its exit code, or None if it is no child."""
+        """Forget a child that has exited; return its exit code, or None if it lives."""
         child = self.children.get(pid)
         if child is None or child.exitcode is None:
             return None
@@ -572,7 +573,7 @@ def work(supervisor: Supervisor) -> None:
 def serve(supervisor: Supervisor) -> None:
     """Claim, run, record, until told to leave."""
     os.setsid()  # no terminal either: Ctrl+C reaches the supervisor alone
-    # SIGTERM alone is for us; but ignored, the others would be so in jobs.
+    # SIGTERM alone is for us; but if we ignored the others, our jobs would inherit that.
     wake, signals = await_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     adopt_orphans()
