@@ -328,7 +328,7 @@ def error_text(error: Exception, path: str) -> str:
     from values that no code of ours has written.
     """
     if not isinstance(error, (OSError, QueueError, sqlite3.Error)):
-        if not os.path.exists(path) or is_sound(path):
+        if isinstance(error, MemoryError) or not os.path.exists(path) or is_sound(path):
             raise error
         error = sqlite3.DatabaseError("malformed")
     if isinstance(error, QueueError):

@@ -449,8 +449,8 @@ def restart(on: Stage) -> None:
 
 def race(on: Stage) -> None:
     """Two idle workers wait for the time of one job. It comes, both see it, and both try to take
-    it.
-    With --explain it can be watched: the guard in WHERE lets only one of them change the row."""
+    it. With --explain it can be watched: the guard in WHERE lets only one of them change the
+    row."""
     on.typed("queuectl.py --explain worker start --count 2 2>explained &")
     null = subprocess.DEVNULL
     with open(on.folder / "explained", "wb") as log:
@@ -470,7 +470,7 @@ def race(on: Stage) -> None:
     told = "until both reached for one job; lines come as statements end"
     say(f"    (typed {database.plural(tries, 'time')}, {told})", "dim")
     if lost:
-        on.typed("grep claim explained")
+        on.typed("grep claim explained  # shortened, the worker's name for its pid")
         show_race(on.lines("explained"), lost[0], names)
     on.check(bool(lost), "two workers reached for one job")
     on.until(lambda: all(job["finished_at"] for job in on.jobs()), "all jobs have run")

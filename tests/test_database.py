@@ -724,6 +724,8 @@ def test_a_mistake_of_ours_is_not_told_as_damage(db, path):
         database.error_text(TypeError("ours"), path)
     db.execute("ALTER TABLE runs RENAME COLUMN error TO ERROR")
     assert "is damaged" in database.error_text(TypeError("of damage"), path)
+    with pytest.raises(MemoryError):  # that passes, and damage would end the workers for good
+        database.error_text(MemoryError(), path)
     db.execute("ALTER TABLE runs RENAME COLUMN ERROR TO error")
 
 
