@@ -89,7 +89,7 @@ class Watcher:
             try:
                 with opened(self.path) as db:
                     self.follow(db)
-            except (OSError, QueueError, database.SQLiteError) as error:
+            except Exception as error:
                 self.publish({"trouble": database.error_text(error, self.path)}, [])
                 self.stopped.wait(1)
 
@@ -384,7 +384,7 @@ class Handler(BaseHTTPRequestHandler):
                         return  # turned out: what it has asked for meanwhile is not done
                     self.server.connections[self.connection] = math.inf
                 routes[url.path]()
-        except database.SQLiteError as error:
+        except (database.SQLiteError, ArithmeticError, LookupError, TypeError) as error:
             self.send_json({"error": database.error_text(error, self.server.path)}, 503)
         except QueueError as error:
             code = 404 if isinstance(error, database.NoJob) else 409

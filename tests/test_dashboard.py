@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -1168,6 +1169,73 @@ def test_a_second_click_hits_no_other_job_nor_what_the_first_has_made(
     add(window.queue, {"id": "later"})
     eventually(lambda: page.locator("#jobs [data-id=later]").count() == 1)
     assert window.queue.states()["cancelled"] == 1
+
+
+def test_the_second_click_answers_no_question_that_the_first_has_raised(
+    window: Window, tab: Callable
+) -> None:
+    add(window.queue, {"id": "a", "command": "until [ -e go ]; do sleep 0.02; done"})
+    window.queue.start()
+    page = tab()
+    page.wait_for_selector("#jobs .processing")
+    page.click("#jobs .button")
+    page.wait_for_selector("#ask[open]")
+    page.hover("#yes")
+    page.mouse.down(click_count=2)
+    page.mouse.up(click_count=2)
+    assert page.is_visible("#ask")
+    page.click("#no")
+    (window.queue.folder / "go").touch()
+    eventually(lambda: window.queue.state("a") == "completed")
+
+
+def test_text_can_be_marked_and_a_job_opened_while_some_is(window: Window, tab: Callable) -> None:
+    add(window.queue, {"id": "a", "command": "echo one two three"})
+    page = tab()
+    box = page.locator("#jobs td code").bounding_box()
+    page.mouse.move(box["x"] + 3, box["y"] + 5)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 80, box["y"] + 5)
+    page.mouse.up()
+    assert page.evaluate("String(getSelection())") and not page.is_visible("#job")
+    page.focus("#jobs .link")
+    page.evaluate("getSelection().selectAllChildren($('idle'))")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#job[open]")
+
+
+def test_that_one_job_is_gone_is_not_said_of_another(window: Window, tab: Callable) -> None:
+    add(window.queue, {"id": "a"}, {"id": "b"})
+    page, held = tab(), []
+    page.click("#jobs [data-id=b] .link")
+    page.wait_for_selector("#job[open]")
+    page.click("#job-close")
+    page.route("**/api/job?id=a&*", lambda route: held.append(route))
+    page.click("#jobs [data-id=a] .link")
+    eventually(lambda: held or page.wait_for_timeout(10))
+    page.click("#jobs [data-id=b] .link")
+    page.wait_for_selector("#job[open]")
+    with page.expect_response("**/api/job?id=a&*"):
+        held[0].fulfill(status=404, json={"error": "gone"})
+    page.evaluate("new Promise(requestAnimationFrame)")
+    assert page.text_content("#job-id") == "b" and page.is_visible("#job-do")
+
+
+def test_a_value_that_cannot_be_is_told_and_mended(window: Window, tab: Callable) -> None:
+    add(window.queue, {"id": "a"})
+    window.queue.drain()
+    page = tab()
+    eventually(lambda: count_of(page, "completed") == 1)
+    with sqlite3.connect(window.queue.path) as db:
+        db.execute("UPDATE runs SET started_at = 'x'")
+    page.wait_for_selector("#broken:has-text('is damaged')")
+    answer = window.ask("/api/status", Authorization=f"Bearer {window.token}")
+    assert answer.status == 503 and "is damaged" in answer.text
+    with sqlite3.connect(window.queue.path) as db:
+        db.execute("UPDATE runs SET started_at = finished_at")
+    db.close()
+    add(window.queue, {"id": "b"})
+    eventually(lambda: count_of(page, "pending") == 1, "it goes on")
 
 
 def test_the_edge_of_an_opened_job_is_a_scrollbar_and_not_the_outside(
