@@ -327,12 +327,14 @@ def error_text(error: Exception, path: str) -> str:
     One of another kind than these is raised again, for it is a mistake of ours; unless it comes
     from values that no code of ours has written.
     """
-    if not isinstance(error, (OSError, QueueError, sqlite3.Error)):
-        if isinstance(error, MemoryError) or not os.path.exists(path) or is_sound(path):
-            raise error
-        error = sqlite3.DatabaseError("malformed")
     if isinstance(error, QueueError):
         return str(error)
+    if isinstance(error, MemoryError):
+        return "there is no memory left; try again"
+    if not isinstance(error, (OSError, sqlite3.Error)):
+        if not os.path.exists(path) or not is_damaged(path):
+            raise error
+        error = sqlite3.DatabaseError("malformed")
     if isinstance(error, OSError):  # of a file beside it, perhaps
         why = "is gone" if isinstance(error, FileNotFoundError) else error.strerror
         return f"{error.filename or path}: {why}"
@@ -1191,8 +1193,11 @@ INVARIANTS = {
 }
 
 
-def check(db: Connection, path: str) -> Iterator[tuple[str, str, str]]:
-    """Check the file and the invariants: yield what holds, what breaks it now or "", what would."""
+def check(db: Connection, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Check the file and the invariants: yield what holds, what breaks it now or "", what would.
+
+    With its path also who else may write it.
+    """
 
     def found(query: str, where: str = "") -> str:
         rows, error = [], ""
@@ -1219,8 +1224,9 @@ def check(db: Connection, path: str) -> Iterator[tuple[str, str, str]]:
     odd = "".join(found(odd_values(db, table), f" in {table}: ") for table in TABLES).strip()
     cause = "a hand in the file, or a flipped byte: who reads the value cannot reckon with it"
     yield "every value has its column's type, every time a date", odd, cause
-    cause = "a chmod: who writes it has commands run as its owner"
-    yield "only its owner can write it", exposed(path), cause
+    if path:
+        cause = "a chmod: who writes it has commands run as its owner"
+        yield "only its owner can write it", exposed(path), cause
     for name, (query, cause) in INVARIANTS.items():
         yield name, found(query + " LIMIT 3", "found in "), cause
 
@@ -1236,15 +1242,17 @@ def odd_values(db: Connection, table: str) -> str:
     columns = [row[1:3] for row in db.execute(f"PRAGMA table_info({table})")]
     odd = [f"typeof({name}) NOT IN ('{kind.lower()}', 'null')" for name, kind in columns]
     times = [name for name, _ in columns if name.endswith("_at")]
-    odd += [f"{name} NOTNULL AND datetime({name}, 'unixepoch') IS NULL" for name in times]
+    odd += [f"{name} NOT BETWEEN 0 AND 253402300799" for name in times]  # 1970 to 9999
     return f"SELECT rowid FROM {table} WHERE {' OR '.join(odd)} LIMIT 3"
 
 
-def is_sound(path: str) -> bool:
-    """Say whether all that `check` asks for holds."""
-    with suppress(Exception), closing(connect(path)) as db:
-        return not any(problem for _, problem, _ in check(db, path))
-    return False
+def is_damaged(path: str) -> bool:
+    """Say whether `check` finds something; if it cannot look, whether that is damage."""
+    try:
+        with closing(connect(path)) as db:
+            return any(problem for _, problem, _ in check(db))
+    except (QueueError, sqlite3.Error) as error:
+        return is_damage(error_text(error, path))
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def show_statements(statements: list[tuple[str, str, str]]) -> None:
     for head, text, remark in statements:
         text, remark = head + clean(text), remark and f"  <- {remark}"
         if sys.stderr.isatty():
-            columns = shutil.get_terminal_size().columns
+            columns = max(len(head) + 10, shutil.get_terminal_size().columns)
             beside = " " * min(len(head), columns // 3)
             text = textwrap.fill(text, columns, subsequent_indent=beside, break_on_hyphens=False)
             verb = text[len(head) :].partition(" ")[0]

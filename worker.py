@@ -252,12 +252,14 @@ class Supervisor:
             self.trouble = ""
         except Exception as error:
             self.close()
-            text = database.error_text(error, self.path)  # raises what is a mistake of ours
+            text = self.fatal or database.error_text(error, self.path)  # raises a mistake of ours
             if text != self.trouble:
                 self.trouble = text
                 self.say("supervisor", self.pid, "trouble", text)
             if database.is_damage(text):
                 self.fatal = text
+            if self.fatal and not self.count:  # a command's: nobody else would ask for it
+                raise QueueError(self.fatal) from None
             hopeless = self.fatal or self.stopping > 1  # it cannot be recorded, but can be ended
             ending = {each.worker["pid"] for each in self.endings.values()}
             for pid in list(self.children) if self.stopping else []:
@@ -449,7 +451,12 @@ def is_served(db: Any) -> bool:
 
 
 def live(rows: Iterable[Any]) -> list[Any]:
-    return [row for row in rows if not is_here(row) or is_hidden(row) or is_alive(row)]
+    now = time.time()  # by the clock of all containers of this machine
+
+    def beats(row: Any) -> bool:
+        return is_hidden(row) and now - row["heartbeat_at"] <= row["lock_timeout_s"]
+
+    return [row for row in rows if not is_here(row) or is_alive(row) or beats(row)]
 
 
 def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | None) -> int:
@@ -510,7 +517,9 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
         log_start = file.seek(0, os.SEEK_END)
         words = [sys.executable, os.path.join(os.path.dirname(__file__), "queuectl.py"), *arguments]
         streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=file)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C: see below
+        for number in SIGNALS:  # all as Ctrl+C: see below
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
         process = subprocess.Popen(words, **streams, start_new_session=True)
         limit_s = 30 + count / 10
         deadline = time.monotonic() + limit_s
@@ -1043,7 +1052,7 @@ def await_signals() -> tuple[int, list[int]]:
 
     def note(number: int, _: Any) -> None:
         # Of a terminal that is closed two may come: of its shell, and of the kernel.
-        if number != signal.SIGHUP or number not in come:
+        if number != signal.SIGHUP or not come:
             come.append(number)
 
     for number in SIGNALS:

@@ -720,12 +720,13 @@ def test_an_error_of_another_file_names_that_file():
 
 
 def test_a_mistake_of_ours_is_not_told_as_damage(db, path):
+    os.chmod(path, 0o666)  # of which doctor complains, too
     with pytest.raises(TypeError, match="ours"):
         database.error_text(TypeError("ours"), path)
+    os.chmod(path, 0o600)
     db.execute("ALTER TABLE runs RENAME COLUMN error TO ERROR")
     assert "is damaged" in database.error_text(TypeError("of damage"), path)
-    with pytest.raises(MemoryError):  # that passes, and damage would end the workers for good
-        database.error_text(MemoryError(), path)
+    assert "no memory" in database.error_text(MemoryError(), path), "it passes; damage does not"
     db.execute("ALTER TABLE runs RENAME COLUMN ERROR TO error")
 
 

@@ -336,6 +336,7 @@ def test_the_schema_has_a_byte_that_is_no_text(whole: Any) -> None:
     (
         "UPDATE jobs SET max_retries = 'x', attempts = x'ff'",
         "UPDATE jobs SET created_at = 1e15 WHERE id = 'one'",
+        "UPDATE jobs SET created_at = -1e11 WHERE id = 'one'",
         "UPDATE jobs SET command = x'00ff' WHERE id = 'one'",
         "UPDATE runs SET started_at = 'x', stdout = 'x'",
         "ALTER TABLE runs RENAME COLUMN stderr TO STDERR",
@@ -362,6 +363,21 @@ def test_workers_leave_a_queue_with_values_that_cannot_be(queue: Queue, change: 
     said = process.log.read_text()
     assert "is damaged" in said and "Traceback" not in said, said
     Path(queue.path).unlink()  # or the check that ends each test finds it, too
+
+
+def test_who_settles_what_a_lost_worker_held_ends_at_a_value_that_cannot_be(queue: Queue) -> None:
+    enqueue(queue, "a", UNTIL_GO.format(queue.folder))
+    supervisor = queue.start()
+    eventually(lambda: ledger(queue))
+    supervisor.kill()
+    pid = queue.workers()[0]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    with contextlib.closing(database.connect(queue.path)) as db:
+        db.execute("UPDATE jobs SET max_retries = 'x'")
+    for words in ("worker stop", "cancel a"):
+        assert queue.run(*words.split(), check=1).stderr.endswith("restore it from a copy\n")
+    assert worker.session_members(pid) == [], "but what it ran is ended"
+    Path(queue.path).unlink()
 
 
 @pytest.mark.parametrize("table", [*"jobs jobs_due jobs_state runs runs_job workers".split(), ""])

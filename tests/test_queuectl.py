@@ -1208,6 +1208,18 @@ def test_two_workers_race_for_one_job_and_it_is_seen(queue: Queue) -> None:
     assert " claim:" in line and line.endswith("another worker was faster; look again")
 
 
+@pytest.mark.parametrize("columns", (40, 80, 120))
+def test_explain_fits_the_terminal_and_loses_nothing_where_it_is_narrow(
+    queue: Queue, columns: int
+) -> None:
+    queue.environment["COLUMNS"] = str(columns)
+    shown = on_terminal(queue, "--explain", "enqueue", "--command", "true")[1]
+    lines = re.sub(r"\x1b\[\d*m", "", shown).splitlines()
+    assert columns == 40 or max(map(len, lines)) <= columns, lines
+    told = re.sub(r"\s", "", "".join(lines))
+    assert "SELECTline,idFROMincomingJOINjobs" in told and "COMMIT<-nowitissafe" in told, told
+
+
 def test_nothing_in_a_job_steers_the_terminal_through_explain(queue: Queue) -> None:
     done = queue.run("--explain", "enqueue", json.dumps({"command": "echo \x1b[31m"}), check=0)
     shown = queue.run("--explain", "list", check=0)

@@ -301,8 +301,7 @@ def test_a_supervisor_is_told_to_leave_and_finishes_the_running_job(
     begun(queue)
     supervisor.send_signal(number)
     eventually(lambda: len(queue.workers()) == 1, "the idle worker has left")
-    if number == signal.SIGHUP:  # a closed terminal: its shell may send one, and so may the kernel
-        supervisor.send_signal(number)
+    supervisor.send_signal(signal.SIGHUP)  # of its terminal: no second Ctrl+C, not even after HUP
     enqueue(queue, "waiting", "true")
     go(queue)
     assert supervisor.wait(timeout=DEADLINE_S) == 0
@@ -477,13 +476,15 @@ def test_workers_go_to_the_background(queue: Queue) -> None:
     eventually(lambda: worker.process_birth(pid) is None)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_who_starts_workers_in_the_background_is_ended_meanwhile_and_leaves_none(
     queue: Queue, number: signal.Signals
 ) -> None:
     words = [sys.executable, str(ROOT / "queuectl.py"), "worker", "start", "--detach"]
     log = Path(queue.path + ".run", "workers.log")
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     with subprocess.Popen([*words, "--count", "60"], env=queue.environment) as process:
+        signal.signal(signal.SIGHUP, before)
         eventually(lambda: log.exists() and "started" in log.read_text())
         process.send_signal(number)
     assert process.returncode == 130
@@ -1261,6 +1262,9 @@ def test_workers_of_another_container_are_heard_and_not_judged_by_their_pids(
     looks.tick(db, time.time(), 0)
     assert (queue.state("a"), told) == ("processing", [])
     assert [row["worker"] for row in worker.live_workers(db)] == ["w1"]
+    db.execute("UPDATE supervisors SET heartbeat_at = heartbeat_at - 3")
+    assert worker.live_workers(db) == [], "it has been silent for too long"
+    looks.tick(db, time.time(), 0)
     for mono in (1, 2, 3, 4):
         looks.tick(db, time.time(), mono)
     db.close()
