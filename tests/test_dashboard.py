@@ -1204,23 +1204,6 @@ def test_text_can_be_marked_and_a_job_opened_while_some_is(window: Window, tab: 
     page.wait_for_selector("#job[open]")
 
 
-def test_that_one_job_is_gone_is_not_said_of_another(window: Window, tab: Callable) -> None:
-    add(window.queue, {"id": "a"}, {"id": "b"})
-    page, held = tab(), []
-    page.click("#jobs [data-id=b] .link")
-    page.wait_for_selector("#job[open]")
-    page.click("#job-close")
-    page.route("**/api/job?id=a&*", lambda route: held.append(route))
-    page.click("#jobs [data-id=a] .link")
-    eventually(lambda: held or page.wait_for_timeout(10))
-    page.click("#jobs [data-id=b] .link")
-    page.wait_for_selector("#job[open]")
-    with page.expect_response("**/api/job?id=a&*"):
-        held[0].fulfill(status=404, json={"error": "gone"})
-    page.evaluate("new Promise(requestAnimationFrame)")
-    assert page.text_content("#job-id") == "b" and page.is_visible("#job-do")
-
-
 def test_a_value_that_cannot_be_is_told_and_mended(window: Window, tab: Callable) -> None:
     add(window.queue, {"id": "a"})
     window.queue.drain()
@@ -1321,14 +1304,21 @@ def test_what_is_said_can_be_seen_above_a_dialog_and_far_down_the_page(
     assert page.evaluate("scrollY") > 0 and page.locator("#broken").bounding_box()["y"] > 0
 
 
+def open_in_vain(page: Any, id: str) -> list[Any]:
+    """Click on a job whose answer does not come; return the request that waits for it."""
+    held: list[Any] = []
+    page.route(f"**/api/job?id={id}&*", lambda route: held.append(route))
+    page.click(f"#jobs [data-id={id}] .link")
+    eventually(lambda: held or page.wait_for_timeout(10))
+    return held
+
+
 def test_of_two_jobs_opened_the_one_is_shown_that_was_asked_for_last(
     window: Window, tab: Callable
 ) -> None:
     add(window.queue, {"id": "a"}, {"id": "b"})
-    page, held = tab(), []
-    page.route("**/api/job?id=a&*", lambda route: held.append(route))
-    page.click("#jobs [data-id=a] .link")
-    eventually(lambda: held or page.wait_for_timeout(10))
+    page = tab()
+    held = open_in_vain(page, "a")
     page.click("#jobs [data-id=b] .link")
     page.wait_for_selector("#job[open]")
     with page.expect_response("**/api/job?id=a&*"):
@@ -1347,6 +1337,18 @@ def test_of_two_jobs_opened_the_one_is_shown_that_was_asked_for_last(
         held[0].continue_()
     page.evaluate("new Promise(requestAnimationFrame)")
     assert not page.is_visible("#job"), "it was closed"
+
+
+def test_that_one_job_is_gone_is_not_said_of_another(window: Window, tab: Callable) -> None:
+    add(window.queue, {"id": "a"}, {"id": "b"})
+    page = tab()
+    held = open_in_vain(page, "a")
+    page.click("#jobs [data-id=b] .link")
+    page.wait_for_selector("#job[open]")
+    with page.expect_response("**/api/job?id=a&*"):
+        held[0].fulfill(status=404, json={"error": "gone"})
+    page.evaluate("new Promise(requestAnimationFrame)")
+    assert page.text_content("#job-id") == "b" and page.is_visible("#job-do")
 
 
 def test_what_is_pressed_does_not_move_meanwhile(window: Window, tab: Callable) -> None:
