@@ -318,7 +318,7 @@ def patience(db: Connection, wait_ms: int) -> Iterator[None]:
 
 def is_damage(text: str) -> bool:
     """Say whether `error_text` tells of what no second try will mend."""
-    return "is damaged" in text or "not a SQLite database" in text
+    return text.endswith(("restore it from a copy", "not a SQLite database; use another --db"))
 
 
 def error_text(error: Exception, path: str) -> str:

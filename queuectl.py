@@ -206,8 +206,8 @@ def show_statements(statements: list[tuple[str, str, str]]) -> None:
     put(sys.stderr, "\n".join(lines))
 
 
-def is_unserved(place: Place, start: str = "") -> bool:
-    """Remark, if so, that nobody works on the queue, and return it."""
+def warn_unserved(place: Place, start: str = "") -> bool:
+    """Remark, if so, that nobody works on the queue; say whether it is so."""
     served = place.hands.is_served(place.db)
     if not served:
         click.echo(f"{start}no worker is running; `worker start` starts one", err=True)
@@ -489,7 +489,7 @@ def show(place: Place, id: str, as_json: bool) -> None:
         return
     click.echo(clean(f"{row['id']}: {database.sentence(row, time.time())}"))
     if row["state"] == "processing":
-        is_unserved(place)
+        warn_unserved(place)
     for name, value in found.items():
         if name not in ("id", "stdout", "stderr", "runs"):
             click.echo(f"  {name:<12}  {'-' if value is None else clean(str(value))}")
@@ -539,7 +539,7 @@ def logs(
                 what = "not run" if attempt is None else f"no run {attempt}"
                 hope = "" if ended else " yet; --follow waits for it"
                 raise database.QueueError(f'job "{job["id"]}" has {what}{hope}')
-        told = told or is_unserved(place)
+        told = told or warn_unserved(place)
         time.sleep(0.1)
     if as_json:
         emit(database.as_object(run) | {"id": database.job(place.db, seq)["id"]})
@@ -589,7 +589,7 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
             click.echo(start + line, nl=not left, err=True)
         if not left:
             break
-        told = told or is_unserved(place, start)
+        told = told or warn_unserved(place, start)
         if (rest := deadline - time.monotonic()) <= 0:
             click.echo(start, nl=False, err=True)
             after = duration_text(timeout)

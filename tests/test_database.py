@@ -719,6 +719,13 @@ def test_an_error_of_another_file_names_that_file():
     assert database.error_text(OSError(12, "no memory"), "/q.db") == "/q.db: no memory"
 
 
+def test_damage_is_told_by_the_words_and_not_by_a_path_that_has_them():
+    for error, damage in (("database or disk is full", False), ("disk image is malformed", True)):
+        text = database.error_text(sqlite3.Error(error), "/what is damaged; restore it/q.db")
+        assert database.is_damage(text) is damage
+    assert database.is_damage(database.error_text(sqlite3.Error("file is not a database"), "/q.db"))
+
+
 def test_a_mistake_of_ours_is_not_told_as_damage(db, path):
     os.chmod(path, 0o666)  # of which doctor complains, too
     with pytest.raises(TypeError, match="ours"):
