@@ -440,7 +440,7 @@ class Supervisor:
 
 
 def live_workers(db: Any) -> list[Any]:
-    """Return the rows of database.workers whose process lives; of other hosts, all."""
+    """Return the rows of database.workers that are `live`."""
     return live(database.workers(db))
 
 
@@ -451,7 +451,9 @@ def is_served(db: Any) -> bool:
 
 
 def live(rows: Iterable[Any]) -> list[Any]:
-    now = time.time()  # by the clock of all containers of this machine
+    """Return those that are alive: of another container, going by its heartbeat; of other hosts,
+    all."""
+    now = time.time()  # one clock for all containers of this machine
 
     def beats(row: Any) -> bool:
         return is_hidden(row) and now - row["heartbeat_at"] <= row["lock_timeout_s"]

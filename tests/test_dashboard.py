@@ -845,7 +845,8 @@ def bars(page: Any, kind: str) -> list[dict[str, float]]:
         f"#bars .{kind}",
         """all => all.map(bar => {
             const box = bar.firstChild.getBoundingClientRect();
-            return {job: bar.dataset.job, top: box.top, left: box.left, right: box.right};
+            const {job} = seen.runs.get(Number(bar.dataset.run));
+            return {job, top: box.top, left: box.left, right: box.right};
         })""",
     )
 

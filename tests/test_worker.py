@@ -812,6 +812,18 @@ def test_a_bell_is_full_of_stale_rings_and_no_worker_spins(queue: Queue) -> None
     assert cpu_s(pid) - before < 0.2
 
 
+def test_where_there_are_no_fifos_workers_go_without_the_bell(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    database.connect(queue.path).close()
+    monkeypatch.setattr(os, "mkfifo", none)
+    worker.make_run_directory(queue.path)
+    assert database.open_bell(queue.path, os.O_RDWR) is None
+
+
 def cpu_s(pid: int) -> float:
     """Return the seconds that a process itself has computed."""
     user, system = worker.process_status(pid)[11:13]
@@ -1299,19 +1311,6 @@ def test_ctrl_c_does_not_come_to_who_cuts_an_output(
     worker.bound_output(queue.path, "w1", 100)
     output.unlink()
     assert int((queue.folder / "session").read_text()) != os.getsid(0)
-
-
-def test_where_there_are_no_fifos_polling_serves(
-    queue: Queue, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none(*_: object) -> None:
-        raise OSError(errno.ENOTSUP, "Operation not supported")
-
-    database.connect(queue.path).close()
-    monkeypatch.setattr(os, "mkfifo", none)
-    worker.make_run_directory(queue.path)
-    enqueue(queue, "a", "true")
-    assert database.open_bell(queue.path, os.O_RDWR) is None
 
 
 def test_a_child_that_died_is_forgotten_though_a_worker_elsewhere_has_its_pid(queue: Queue) -> None:
