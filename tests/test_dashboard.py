@@ -845,7 +845,7 @@ def bars(page: Any, kind: str) -> list[dict[str, float]]:
         f"#bars .{kind}",
         """all => all.map(bar => {
             const box = bar.firstChild.getBoundingClientRect();
-            const {job} = seen.runs.get(Number(bar.dataset.run));
+            const job = (seen.runs.get(Number(bar.dataset.run)) || {}).job;
             return {job, top: box.top, left: box.left, right: box.right};
         })""",
     )
