@@ -1162,7 +1162,7 @@ def test_a_second_click_hits_no_other_job_nor_what_the_first_has_made(
     add(window.queue, *({"id": f"job{n}"} for n in range(5)))
     page = tab()
     page.click("#states [data-state=pending]")
-    box = page.locator("#jobs .button").nth(1).bounding_box()
+    box = eventually(page.locator("#jobs .button").nth(1).bounding_box)  # none of a row made anew
     page.mouse.click(box["x"] + 9, box["y"] + 9)
     eventually(lambda: page.locator("#jobs tbody tr").count() == 4)
     page.mouse.down(click_count=2)  # the second of a double click
@@ -1193,7 +1193,7 @@ def test_the_second_click_answers_no_question_that_the_first_has_raised(
 def test_text_can_be_marked_and_a_job_opened_while_some_is(window: Window, tab: Callable) -> None:
     add(window.queue, {"id": "a", "command": "echo one two three"})
     page = tab()
-    box = page.locator("#jobs td code").bounding_box()
+    box = eventually(page.locator("#jobs td code").bounding_box)
     page.mouse.move(box["x"] + 3, box["y"] + 5)
     page.mouse.down()
     page.mouse.move(box["x"] + 80, box["y"] + 5)
