@@ -1296,23 +1296,6 @@ def test_ps_is_asked_in_the_same_words_whoever_asks(monkeypatch: pytest.MonkeyPa
         child.kill()
 
 
-def test_ctrl_c_does_not_come_to_who_cuts_an_output(
-    queue: Queue, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It would end it, and that is taken for a file system without holes: all is thrown away."""
-    database.connect(queue.path).close()
-    worker.make_run_directory(queue.path)
-    fake = queue.folder / "fallocate"
-    fake.write_text(f"#!/bin/sh\nps -o sid= -p $$ > {queue.folder}/session\n")
-    fake.chmod(0o700)
-    monkeypatch.setenv("PATH", f"{queue.folder}:{os.environ['PATH']}")
-    output = Path(queue.path + ".run", "w1.out")
-    output.write_bytes(bytes(worker.OUTPUT_BOUND + 8192))
-    worker.bound_output(queue.path, "w1", 100)
-    output.unlink()
-    assert int((queue.folder / "session").read_text()) != os.getsid(0)
-
-
 def test_a_child_that_died_is_forgotten_though_a_worker_elsewhere_has_its_pid(queue: Queue) -> None:
     """A worker of another container: while it lives the child would be waited for in vain."""
     enqueue(queue, "a", "true")
