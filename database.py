@@ -182,8 +182,7 @@ def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S)
         if not os.path.isfile(path):
             make_file(path)
     except OSError as error:
-        if not isinstance(error, PermissionError):  # what is read-only can still be read
-            raise QueueError(f"{path}: cannot be opened as a queue: {error.strerror}") from None
+        raise QueueError(f"{path}: cannot be opened as a queue: {error.strerror}") from None
     # Absolute, for to SQLite some names are no files (:memory:); and not os.path.abspath, which
     # shortens link/.. by its letters: that may be another file than the one that was made.
     kind = {"factory": Explained} if show else {}
@@ -849,8 +848,8 @@ def summary(db: Connection, now: float, workers: int) -> dict[str, Any]:
     recent = list(runs_after(db, None))
     # Of very many runs only the last are looked at; their numbers tell how many there were.
     begun = max([run["id"] for run in recent], default=0) - last_before(db, now - 3600)
-    ended = [run for run in recent if (run["finished_at"] or 0) > now - 3600]
-    ended = [run for run in ended if run["outcome"] in ("completed", "failed")]
+    ended = [run for run in recent if run["outcome"] in ("completed", "failed")]
+    ended = [run for run in ended if run["finished_at"] > now - 3600]
     completed = sum(run["outcome"] == "completed" for run in ended)
     waits = [max(0, run["started_at"] - run["due_at"]) for run in ended]
     spans = [max(0, run["finished_at"] - run["started_at"]) for run in ended]
