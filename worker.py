@@ -589,7 +589,12 @@ def serve(supervisor: Supervisor) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     adopt_orphans()
     os.close(supervisor.lifeline_write)
-    desk = take_a_desk(supervisor)
+    path, pid = supervisor.path, os.getpid()
+    make_run_directory(path)  # again: somebody may have removed it meanwhile
+    take_turns(path)
+    db = database.connect(path, durable=False)
+    name = database.register_worker(db, supervisor.id, pid, process_birth(pid) or "", time.time())
+    desk = Desk(db, path, name, supervisor.settings, supervisor.say)
 
     def wanted() -> bool:
         return not desk.flooded and signal.SIGTERM not in signals and os.getppid() == supervisor.pid
@@ -616,17 +621,6 @@ def serve(supervisor: Supervisor) -> None:
             desk.say("trouble", text)
         if not run:
             rest(desk, [wake, supervisor.lifeline], seen, next_at)
-
-
-def take_a_desk(supervisor: Supervisor) -> Desk:
-    """Register this process as a worker."""
-    path, pid = supervisor.path, os.getpid()
-    make_run_directory(path)  # again: somebody may have removed it meanwhile
-    take_turns(path)
-    db = database.connect(path, durable=False)
-    birth = process_birth(pid) or ""
-    name = database.register_worker(db, supervisor.id, pid, birth, time.time())
-    return Desk(db, path, name, supervisor.settings, supervisor.say)
 
 
 def rest(desk: Desk, others: list[int], seen: int | None, next_at: float | None) -> None:
