@@ -182,7 +182,7 @@ class Meter:
         if self.last is None:
             self.open = {row["run"] for row in database.workers(db) if row["run"]}
         else:  # numbers are given again when the newest were pruned, or the file replaced
-            self.last = min(self.last, database.newest_run(db, self.began))
+            self.last = min(self.last, database.last_before(db, self.began))
         last, self.last = self.last, self.last or 0
         for row in database.runs_after(db, last, self.open):
             self.last = max(self.last, row["id"])

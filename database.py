@@ -954,15 +954,9 @@ def runs_by_minute(db: Connection, since: float) -> list[tuple[int, int, int]]:
     return [tuple(row) for row in db.execute(query, (since,))]
 
 
-def newest_run(db: Connection, began_by: float) -> int:
-    """Return the number of the newest run that had begun by then, or 0."""
-    newest = "SELECT id FROM runs WHERE started_at <= ? ORDER BY id DESC LIMIT 1"
-    return (db.execute(newest, (began_by,)).fetchone() or [0])[0]
-
-
 def last_before(db: Connection, began_by: float) -> int:
-    """Return about what `newest_run` does, at once, however many have begun since. About: after
-    the clock was set back they are out of order."""
+    """Return the number up to which all runs had begun by then, at once, however many there are.
+    About: after the clock was set back they are out of order."""
     low, high = 0, db.execute("SELECT max(id) FROM runs").fetchone()[0] or 0
     while low < high:
         middle = (low + high + 1) // 2
