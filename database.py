@@ -913,7 +913,8 @@ def jobs_page(
     if text:
         named = f"""
             SELECT seq FROM jobs WHERE id >= :text AND id < :text || char(1114111) AND +{where}
-            AND seq < :before LIMIT :limit"""
+            AND NOT EXISTS (SELECT 1 FROM jobs WHERE seq >= :before)  -- only on the first page
+            LIMIT :limit"""
         seqs += [row[0] for row in db.execute(named, given)]
     these = "seq IN (SELECT value FROM json_each(:seqs))"
     chosen = f"{BRIEF if brief else JOB} WHERE {these} {order} :limit"
