@@ -70,6 +70,12 @@ def reaches(queue: Queue, id: str, state: str) -> None:
     eventually(lambda: queue.state(id) == state, f"{id} is {state}")
 
 
+def ask_to_end(queue: Queue, id: str) -> None:
+    """Cancel a running job, and do not wait for its end."""
+    with closing(database.connect(queue.path)) as db:
+        database.cancel(db, database.find(db, id), time.time())
+
+
 def runs(queue: Queue, id: str) -> list[tuple[str, str | None]]:
     return [(run["outcome"], run["error"]) for run in queue.job(id)["runs"]]
 
@@ -380,9 +386,11 @@ def test_workers_are_stopped_from_another_terminal(queue: Queue) -> None:
 def test_wait_calls_for_no_workers_while_those_there_are_end_a_run(queue: Queue) -> None:
     """The worker goes first, and is replaced when all that it ran is gone."""
     queue.configure(kill_grace_s=3600)
-    enqueue(queue, "a", "trap '' TERM; echo . >> ledger; while :; do sleep 1; done", timeout_s=1)
+    enqueue(queue, "a", "trap '' TERM; echo . >> ledger; while :; do sleep 1; done")
+    enqueue(queue, "later", "true", run_at=time.time() + 1e6)
     supervisor = queue.start(count=1)
     begun(queue)
+    ask_to_end(queue, "a")
     eventually(lambda: queue.json("worker", "list") == [], "the worker is being ended")
     waited = queue.run("wait", "a", "a", "--timeout", "0s", check=1)
     assert waited.stderr == "Error: after 0 ms 1 of 1 job not settled\n"
@@ -481,12 +489,13 @@ def test_who_starts_workers_in_the_background_is_ended_meanwhile_and_leaves_none
     queue: Queue, number: signal.Signals
 ) -> None:
     words = [sys.executable, str(ROOT / "queuectl.py"), "worker", "start", "--detach"]
-    log = Path(queue.path + ".run", "workers.log")
+    log, pid = Path(queue.path + ".run", "workers.log"), queue.folder / "pid"
+    # The first of the workers does it: who looks from here may see them only when all are up.
+    enqueue(queue, "a", f"until [ -s {pid} ]; do :; done; kill -{number.value} $(cat {pid})")
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     with subprocess.Popen([*words, "--count", "60"], env=queue.environment) as process:
         signal.signal(signal.SIGHUP, before)
-        eventually(lambda: log.exists() and "started" in log.read_text())
-        process.send_signal(number)
+        pid.write_text(str(process.pid))
     assert process.returncode == 130
     eventually(lambda: "left" in log.read_text(), "the supervisor has left")
 
@@ -763,14 +772,18 @@ def test_a_command_looks_twice_and_loses_no_lock(queue: Queue) -> None:
 
 
 def test_a_supervisor_does_not_spin_while_a_deaf_job_has_its_grace(queue: Queue) -> None:
-    queue.configure(kill_grace_s=2)
-    enqueue(queue, "a", STUBBORN, timeout=0.2, max_retries=0)
+    queue.configure(kill_grace_s=3600)
+    enqueue(queue, "a", STUBBORN)
     supervisor = queue.start()
+    begun(queue)  # from here on it is deaf
+    ask_to_end(queue, "a")
     eventually(lambda: queue.workers() == [], "the worker has been ended, its job not yet")
     before = cpu_s(supervisor.pid)
     time.sleep(1)  # what is measured is a second of waiting
     assert cpu_s(supervisor.pid) - before < 0.3
-    reaches(queue, "a", "dead")
+    assert queue.state("a") == "processing"
+    eventually(lambda: supervisor.send_signal(signal.SIGINT) or supervisor.poll() == 0)
+    assert queue.state("a") == "cancelled"
 
 
 # --- the doorbell ----------------------------------------------------------------------------
@@ -923,17 +936,22 @@ def test_eight_workers_of_two_supervisors_run_each_of_200_jobs_once(queue: Queue
 
 CLOSES_ALL = (
     "import subprocess, sys; subprocess.Popen(['sh', '-c', "
-    "'echo begin >> ledger; sleep 5; echo end >> ledger; echo leaked']); sys.exit(1)"
+    "'echo $QUEUECTL_JOB_ID.$QUEUECTL_ATTEMPT $$ >> ledger; sleep 60; echo leaked']); sys.exit(1)"
 )
 
 
 def test_a_child_that_closed_all_it_inherited_is_ended_with_its_run(queue: Queue) -> None:
     """Python's subprocess closes every descriptor, so no pipe can tell that such a child lives."""
-    command = f"{sys.executable} -c {shlex.quote(CLOSES_ALL)}; sleep 0.4; exit 1"
-    enqueue(queue, "a", command, max_retries=1)
-    enqueue(queue, "quick", f"{sys.executable} -c {shlex.quote(CLOSES_ALL)}", max_retries=1)
+    states = "for pid in $(cut -sd' ' -f2 ledger 2> /dev/null); do ps -o stat= -p $pid; done"
+    looks = f"for state in $({states}); do [ ${{state%${{state#?}}}} = Z ] || echo lives; done"
+    command = f"{looks}; {sys.executable} -c {shlex.quote(CLOSES_ALL)}"
+    begins = "until grep -qs ^a.$QUEUECTL_ATTEMPT ledger; do sleep 0.02; done"
+    enqueue(queue, "a", f"{command}; {begins}; exit 1", max_retries=1)
+    enqueue(queue, "quick", command, max_retries=1)
     queue.drain()
-    assert "end" not in (queue.folder / "ledger").read_text()
+    began = dict(zip(ledger(queue)[::2], map(int, ledger(queue)[1::2])))
+    assert {"a.1", "a.2"} <= began.keys()
+    assert not any(worker.process_birth(pid) for pid in began.values()), "one lives on"
     assert {job["stdout"] for job in queue.json("list")} == {""}
 
 
@@ -974,8 +992,8 @@ def test_a_healthy_worker_whose_supervisor_was_killed_finishes_however_long_it_t
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
 def test_nobody_reads_what_the_workers_say_and_they_work_on(queue: Queue, kind: str) -> None:
     """A terminal is ready when it has room for one byte, and a write of more would wait."""
-    for number in range(100):
-        enqueue(queue, f"{number:03}" + "x" * 100, "true")
+    jobs = [{"id": f"{number:03}" + "x" * 100, "command": "true"} for number in range(100)]
+    queue.run("enqueue", "--file", "-", stdin=json.dumps(jobs), check=0)
     reader, writer = os.pipe() if kind == "pipe" else os.openpty()
     if kind == "pipe":
         fcntl.fcntl(writer, 1031, 4096)  # F_SETPIPE_SZ
@@ -1269,15 +1287,15 @@ def test_workers_of_another_container_are_heard_and_not_judged_by_their_pids(
     gone.wait()
     db, _ = claimed(queue, gone.pid)
     here = worker.boot_id()
-    db.execute("UPDATE supervisors SET boot = ?, lock_timeout_s = 2, host = ?", (here + "1", host))
+    db.execute("UPDATE supervisors SET boot = ?, lock_timeout_s = 60, host = ?", (here + "1", host))
     looks, told = settler(queue)
     looks.tick(db, time.time(), 0)
     assert (queue.state("a"), told) == ("processing", [])
     assert [row["worker"] for row in worker.live_workers(db)] == ["w1"]
-    db.execute("UPDATE supervisors SET heartbeat_at = heartbeat_at - 3")
+    db.execute("UPDATE supervisors SET heartbeat_at = heartbeat_at - 61")
     assert worker.live_workers(db) == [], "it has been silent for too long"
     looks.tick(db, time.time(), 0)
-    for mono in (1, 2, 3, 4):
+    for mono in range(1, 63):
         looks.tick(db, time.time(), mono)
     db.close()
     assert told == ["failed"], "after its heartbeat has been silent for its own lock_timeout_s"
@@ -1302,7 +1320,8 @@ def test_a_child_that_died_is_forgotten_though_a_worker_elsewhere_has_its_pid(qu
     gone = subprocess.Popen(["true"])
     gone.wait()
     db, _ = claimed(queue, gone.pid)
-    db.execute("UPDATE supervisors SET boot = ?", (worker.boot_id() + "1",))
+    # Its heartbeat will not count for long, lest the fixture wait for it at the end.
+    db.execute("UPDATE supervisors SET boot = ?, lock_timeout_s = 2", (worker.boot_id() + "1",))
     looks, _ = settler(queue)
     looks.children[gone.pid] = SimpleNamespace(exitcode=0, sentinel=0)
     looks.tick(db, time.time(), 0)
