@@ -522,9 +522,9 @@ def detach(arguments: list[str], path: str, count: int) -> tuple[int, str]:
         for number in SIGNALS:  # all as Ctrl+C: see below
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signal.default_int_handler)
-        process = subprocess.Popen(words, **streams, start_new_session=True)
         limit_s = 30 + count / 10
         deadline = time.monotonic() + limit_s
+        process = subprocess.Popen(words, **streams, start_new_session=True)
         try:
             while process.poll() is None and time.monotonic() < deadline:
                 with closing(database.connect(path)) as db:
