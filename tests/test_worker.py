@@ -270,14 +270,57 @@ def test_a_job_floods_its_output_and_the_disk_is_not_filled(queue: Queue) -> Non
     assert supervisor.poll() is None
 
 
-def test_a_job_leaves_children_behind_and_they_are_ended(queue: Queue) -> None:
-    enqueue(queue, "a", "trap '' TERM; (while :; do echo late; sleep 0.01; done) & echo early")
+@pytest.mark.parametrize("first", ["", "for n in $(seq 150); do /bin/true; done;", "sleep 1.1;"])
+def test_a_job_leaves_children_behind_and_they_are_ended(queue: Queue, first: str) -> None:
+    """Also if it was long, or has started many: see `has_left`."""
+    deaf = "trap '' TERM; (while :; do echo late; sleep 0.01; done) & echo early"
+    enqueue(queue, "a", f"{first} {deaf}")
     enqueue(queue, "b", "sleep 0.3; echo mine")
     queue.start()
     reaches(queue, "a", "completed")
     reaches(queue, "b", "completed")
     assert "early\n" in queue.job("a")["stdout"]
     assert queue.job("b")["stdout"] == "mine\n"
+
+
+def test_what_a_job_leaves_is_not_adopted_by_its_worker(queue: Queue) -> None:
+    """Which is not there to bury it: a job that awaits the end of what it has ended (`kill -0`)
+    would wait for ever."""
+    parents = "ps -o ppid= -p $(cat pid); echo $PPID; kill $(cat pid)"
+    enqueue(queue, "a", f"(sleep 60 & echo $! > pid); {parents}")
+    queue.drain()
+    parent, ours = queue.job("a")["stdout"].split()
+    assert parent != ours
+
+
+def test_a_look_through_the_newest_pids_finds_what_is_left() -> None:
+    """And where the system does not tell them, or tells the same always, all are looked at."""
+    program = """
+import os, time, worker
+os.setsid()
+now = time.monotonic()
+def left(): return [worker.has_left(newest, began) for newest, began in cases]
+cases = [(worker.newest_pid(), now), (worker.newest_pid(), now - 9), (0, now), (10**9, now)]
+os.spawnlp(os.P_WAIT, "sh", "sh", "-c", "sleep 60 & echo $!")
+cases.append((worker.newest_pid(), now - 9))  # as if the pids had gone round since
+os.spawnlp(os.P_WAIT, "true", "true")
+print(left())
+worker.push(worker.session_members(os.getpid()), set(), hard=True)
+while worker.session_members(os.getpid()): pass
+print(left())
+real, now = worker.newest_pid, time.monotonic()
+before, first = real(), os.spawnlp(os.P_NOWAIT, "true", "true")
+os.waitpid(first, 0)
+os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "60")
+told = [first, real()]  # the sleep began behind the first look
+worker.newest_pid = lambda: told.pop(0) if told else real()
+print(worker.has_left(before, now))
+worker.newest_pid = lambda: 7
+print(worker.has_left(7, now))
+worker.push(worker.session_members(os.getpid()), set(), hard=True)"""
+    words = [sys.executable, "-c", program]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+    assert said.splitlines()[1:] == [str([True] * 5), str([False] * 5), "True", "True"]
 
 
 def test_a_program_leaves_its_session_on_purpose(queue: Queue) -> None:
