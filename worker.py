@@ -100,6 +100,11 @@ class FarEnd:
             self.say("trouble", f"{told} ({how}): {self.run.stop_line}")
         return code == 0
 
+    def give_up(self) -> None:
+        """End a try that is under way: later on its line could hit the next run of the job."""
+        if self.child and self.child.poll() is None:
+            send(-self.child.pid, signal.SIGKILL)
+
 
 class Supervisor:
     """Keeps `count` workers alive and settles what is lost; with count 0 it only settles."""
@@ -168,8 +173,7 @@ class Supervisor:
                     raise KeyboardInterrupt
                 time.sleep(0.01)
         finally:
-            if far.child and far.child.poll() is None:
-                send(-far.child.pid, signal.SIGKILL)
+            far.give_up()
 
     @property
     def stopping(self) -> int:
@@ -199,7 +203,7 @@ class Supervisor:
                 return
             # SQLite's connections must not be carried over a fork (sqlite.org/howtocorrupt.html,
             # 2.6); a signal between it and the worker's own handlers would be lost: hold it back.
-            self.close()
+            self.disconnect()
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             pipes: list[int] = []
             try:
@@ -239,11 +243,17 @@ class Supervisor:
             self.file = file
         return self.db
 
-    def close(self) -> None:
+    def disconnect(self) -> None:
         """Close the connection; `queue` opens the next one."""
         if self.db is not None:
             self.db.close()
         self.db = None
+
+    def close(self) -> None:
+        self.disconnect()
+        for ending in self.endings.values():
+            if ending.far:
+                ending.far.give_up()
 
     def look(self) -> None:
         """One tick. A database that cannot be used now (full disk, locked) is tried again."""
@@ -251,7 +261,7 @@ class Supervisor:
             self.tick(self.queue(), time.time(), time.monotonic())
             self.trouble = ""
         except Exception as error:
-            self.close()
+            self.disconnect()
             text = self.fatal or database.error_text(error, self.path)  # raises a mistake of ours
             if text != self.trouble:
                 self.trouble = text
@@ -392,10 +402,11 @@ class Supervisor:
         After the session here: what lived in it could have started something there.
         """
         name, pid = ending.worker["worker"], ending.worker["pid"]
-        run = None if ending.far else database.held_by(db, name)
-        if run and run.stop_line and not works_elsewhere(pid, self.path):
-            ending.far = FarEnd(run, partial(self.say, name, pid), leader=True)
-        return not ending.far or ending.far.reached(mono)
+        run = database.held_by(db, name)  # none any more: another supervisor has settled it
+        if not run or not run.stop_line or works_elsewhere(pid, self.path):
+            return True
+        ending.far = ending.far or FarEnd(run, partial(self.say, name, pid), leader=True)
+        return ending.far.reached(mono)
 
     def settle(self, db: Any, ending: Ending) -> None:
         """Record the end of an emptied session's run, if it held one, and forget the worker."""
@@ -420,6 +431,8 @@ class Supervisor:
         for output in output_paths(self.path, name):
             with suppress(OSError):  # somebody removed the directory
                 os.unlink(output)
+        if ending.far:
+            ending.far.give_up()
         database.remove_worker(db, name)  # last: as long as the row is there, somebody cleans up
         del self.endings[name]
 
@@ -476,7 +489,7 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
             raise QueueError("this is a job of these workers: it would wait for itself")
         asked = database.ask_to_stop(settler.queue(), 2 if now else 1)
         if timeout_s is not None:
-            settler.close()
+            settler.disconnect()
             settler.patience_s = 1  # for each look from now on
         running = sum(row["job"] is not None for row in rows)
         if running and not now:

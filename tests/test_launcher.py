@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from conftest import ROOT, Queue, eventually
@@ -358,6 +359,43 @@ def test_who_cannot_wait_for_a_stop_line_leaves_it_to_the_next_supervisor(far):
     (far.folder / "refuse").unlink()
     far.start()
     second_run_is_alone(far)
+
+
+def test_a_run_that_another_has_settled_is_left_alone(far):
+    """Its next run may be there by now, of the same name: it must not be hit by a late try."""
+    enqueue(far, "a", "true")
+    db, run = claimed(far, dead_pid())
+    line = worker.launched(config.load(far.config), run).stop_line
+    db.execute("UPDATE runs SET stop_line = ?", (line,))
+    (far.folder / "refuse").touch()
+    (late, _), (other, _) = settler(far), settler(far)
+    eventually(lambda: late.look() or ledger(far), "it has tried once")
+    (far.folder / "refuse").unlink()
+    eventually(lambda: other.look() or far.state("a") != "processing", "another settles it")
+    tried = ledger(far)
+    eventually(lambda: late.look() or not late.endings, "it has seen that")
+    assert ledger(far) == tried
+    db.close()
+
+
+@pytest.mark.parametrize("how", ["it leaves", "another has settled the run"])
+def test_a_try_is_not_left_running(queue, how):
+    enqueue(queue, "a", "true")
+    db, run = claimed(queue, dead_pid())
+    line = f"echo $$ > {queue.folder}/pid; exec sleep 60"
+    db.execute("UPDATE runs SET stop_line = ?", (line,))
+    put_back = partial(database.finish, db, run, database.Result("stopped"), time.time(), 0, 0)
+    hands, _ = settler(queue)
+    path = queue.folder / "pid"
+    pid = eventually(lambda: hands.look() or (path.exists() and path.read_text()), "a try")
+    if how == "it leaves":
+        hands.close()
+    else:
+        put_back()
+        eventually(lambda: hands.look() or not hands.endings, "it has seen that")
+    eventually(lambda: worker.process_birth(int(pid)) is None, "it has ended")
+    put_back()
+    db.close()
 
 
 def far_end(line: str, leader: bool = True) -> tuple[worker.FarEnd, list[str]]:
