@@ -331,12 +331,13 @@ class Supervisor:
         """Count for how long each supervisor's heartbeat has not changed under our own eyes.
 
         So no two clocks are compared. A look adds a second at most: what held us up as well (a
-        long write of somebody, a sleeping machine) is not held against the others.
+        long write of somebody, a sleeping machine) is not held against the others. Nor is that one
+        second: whoever was held up as we were may beat after us.
         """
         elapsed, self.looked_at = min(mono - self.looked_at, 1.0), mono
         for row in supervisors:
             heartbeat, silent = self.silences.get(row["id"], (None, 0.0))
-            silent = silent + elapsed if heartbeat == row["heartbeat_at"] else 0.0
+            silent = silent + elapsed if heartbeat == row["heartbeat_at"] else -1.0
             self.silences[row["id"]] = (row["heartbeat_at"], silent)
 
     def judge(self, row: Any, mine: bool, mono: float) -> tuple[str, str, int | None] | None:

@@ -1311,6 +1311,13 @@ def test_a_long_lock_of_somebody_else_makes_nobody_silent(queue: Queue) -> None:
     assert (queue.state("a"), queue.job("a")["attempts"]) == ("completed", 1)
 
 
+def test_a_look_that_was_held_up_is_held_against_nobody(queue: Queue) -> None:
+    looks, row = settler(queue)[0], {"id": 1, "heartbeat_at": 0.0}
+    for mono in (0.0, 0.5, 100.0):
+        looks.listen([row], mono)
+    assert looks.silences[1][1] == 0.5
+
+
 def test_a_job_removes_the_run_directory_and_its_result_is_kept(queue: Queue) -> None:
     removing = f"head -c {worker.OUTPUT_BOUND + 1} /dev/zero; rm -rf {queue.path}.run"
     enqueue(queue, "a", removing)
@@ -1338,7 +1345,7 @@ def test_workers_of_another_container_are_heard_and_not_judged_by_their_pids(
     db.execute("UPDATE supervisors SET heartbeat_at = heartbeat_at - 61")
     assert worker.live_workers(db) == [], "it has been silent for too long"
     looks.tick(db, time.time(), 0)
-    for mono in range(1, 63):
+    for mono in range(1, 64):
         looks.tick(db, time.time(), mono)
     db.close()
     assert told == ["failed"], "after its heartbeat has been silent for its own lock_timeout_s"
