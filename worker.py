@@ -301,7 +301,7 @@ class Supervisor:
         registered = {row["pid"] for row in workers if row["supervisor"] == self.id}
         for pid in self.children.keys() - registered:
             over_it = self.stopped_for(pid, mono) > self.settings["lock_timeout_s"]
-            if (over_it or self.stopping > 1) and self.children[pid].exitcode is None:
+            if over_it and self.children[pid].exitcode is None:
                 send(pid, signal.SIGKILL)
             self.reap(pid)  # ended before it could register: it holds nothing
         # So far it has only read, for on a full disk, too, a run must not exceed its time.
