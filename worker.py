@@ -39,6 +39,7 @@ Say = Callable[[str, int, str, str], None]  # (who, pid, verb, the rest of the l
 BUSY_TICK_S = 0.1  # between two looks while a run is known: how late its timeout is noticed
 IDLE_TICK_S = 0.5  # and while none is
 TURN_LIMIT_S = 1.0  # the longest wait for one's turn to write
+SHORT_S = 0.03  # a run in which no machine gives all its pids (32,768 and more), and begins anew
 STOP_LIMIT_S = 30.0  # for each try of a stop line
 STOP_PAUSE_S = 60.0  # the longest between two tries
 OUTPUT_BOUND = 16 * 2**20  # bytes on disk of an output file, beyond the end of it that is kept
@@ -670,7 +671,7 @@ def launched(settings: Settings, run: Run) -> Run:
 def run_one(desk: Desk, run: Run) -> Result:
     """Run one claimed job to its end, with all that it has started."""
     desk.say("started", f"{run.job} (run {run.attempt} of {run.max_retries + 1}): {run.command}")
-    newest, began = newest_pid(), time.monotonic()
+    began, newest = time.monotonic(), newest_pid()
     code, error = execute(desk, run)
     leftovers = has_left(newest, began)
     if leftovers or (code and run.stop_line):
@@ -961,18 +962,18 @@ def has_left(newest: int, began: float) -> bool:
     has a later one than its own.
     """
     seen = newest
-    while time.monotonic() < began + 1:  # later on the pids may have gone round
+    while True:
         last = newest_pid()
         if last == seen > newest:
             return False
-        if not seen < last < newest + 100:
-            break
+        # Later on, or after that many, the pids may have gone round.
+        if not seen < last < newest + 100 or time.monotonic() > began + SHORT_S:
+            return bool(session_members(os.getpid()))
         for pid in range(seen + 1, last + 1):
             with suppress(OSError):  # it has ended
                 if os.getsid(pid) == os.getpid() and process_status(pid):
                     return True
         seen = last
-    return bool(session_members(os.getpid()))
 
 
 def newest_pid() -> int:
