@@ -186,6 +186,15 @@ class Supervisor:
         sentinels = [child.sentinel for pid, child in self.children.items() if pid not in ending]
         readable([*sentinels, self.wake], BUSY_TICK_S if self.busy or self.endings else IDLE_TICK_S)
         drained(self.wake)
+        if self.pid == 1:
+            self.bury_orphans()
+
+    def bury_orphans(self) -> None:
+        """Do what init does: in a container without one, jobs' orphans are ours when they end."""
+        tries = [each.far.child for each in self.endings.values() if each.far]
+        ours = self.children.keys() | {child.pid for child in tries if child}
+        for pid in {*map(int, children(self.pid))} - ours:
+            os.waitpid(pid, os.WNOHANG)
 
     def keep_count(self) -> None:
         """Fork workers in place of those that are gone or, stopping, tell them all to leave."""

@@ -293,6 +293,33 @@ def test_what_a_job_leaves_is_not_adopted_by_its_worker(queue: Queue) -> None:
     assert parent != ours
 
 
+def test_in_a_container_without_an_init_the_supervisor_buries_the_orphans() -> None:
+    """But none whose end somebody asks for: its workers, the tries of stop lines."""
+    program = """
+import ctypes, os, subprocess, sys
+from types import SimpleNamespace as Some
+import worker
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: as to pid 1, orphans come to us
+looks = worker.Supervisor("", dict(lock_timeout_s=9), print)
+child, tried = [subprocess.Popen(["false"]) for _ in range(2)]
+looks.children = {child.pid: Some(sentinel=child.pid)}
+looks.endings["w1"] = Some(worker=dict(pid=child.pid), far=Some(child=tried))
+orphan = int(subprocess.getoutput("sleep 60 >&- 2>&- & echo $!"))
+looks.bury_orphans()
+os.kill(orphan, 9)
+os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOWAIT)
+looks.wake, looks.pid = worker.await_signals()[0], 1
+looks.bury_orphans = lambda: print("buries")
+looks.sleep()
+del looks.bury_orphans
+looks.pid = os.getpid()
+looks.bury_orphans()
+print(os.path.exists(f"/proc/{orphan}"), child.wait(), tried.wait())"""
+    words = [sys.executable, "-c", program]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert said.stdout.split() == ["buries", "False", "1", "1"], said.stderr
+
+
 def test_a_look_through_the_newest_pids_finds_what_is_left() -> None:
     """And where the system does not tell them, or tells the same always, all are looked at."""
     program = """
