@@ -414,7 +414,8 @@ class Supervisor:
         """
         name, pid = ending.worker["worker"], ending.worker["pid"]
         run = database.held_by(db, name)  # none any more: another supervisor has settled it
-        if not run or not run.stop_line or works_elsewhere(pid, self.path):
+        copied = is_alive(ending.worker) and works_elsewhere(pid, self.path)
+        if not run or not run.stop_line or copied:
             return True
         ending.far = ending.far or FarEnd(run, partial(self.say, name, pid), leader=True)
         return ending.far.reached(mono)

@@ -378,6 +378,28 @@ def test_a_run_that_another_has_settled_is_left_alone(far):
     db.close()
 
 
+def test_a_stranger_with_the_pid_of_a_lost_worker_does_not_switch_its_stop_line_off(far):
+    """Whoever has a database of his own open would pass for a worker of another queue."""
+    enqueue(far, "a", "true", max_retries=0)
+    db, run = claimed(far, dead_pid())
+    line = worker.launched(config.load(far.config), run).stop_line
+    opens = f"""import sqlite3
+db = sqlite3.connect({str(far.folder / "other.db")!r})
+db.executescript("PRAGMA journal_mode = WAL; CREATE TABLE other (a)")
+input(print(flush=True))"""
+    words = [sys.executable, "-c", opens]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stranger:
+        stranger.stdout.readline()
+        assert worker.works_elsewhere(stranger.pid, far.path)
+        db.execute("UPDATE runs SET stop_line = ?", (line,))
+        db.execute("UPDATE workers SET pid = ?", (stranger.pid,))
+        hands, _ = settler(far)
+        eventually(lambda: hands.look() or far.state("a") != "processing", "it is settled")
+        assert ledger(far) == ["stop 1"] and stranger.poll() is None
+        stranger.communicate(b"\n")
+    db.close()
+
+
 @pytest.mark.parametrize("how", ["it leaves", "another has settled the run"])
 def test_a_try_is_not_left_running(queue, how):
     enqueue(queue, "a", "true")
