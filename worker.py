@@ -889,8 +889,9 @@ def bound_output(path: str, worker: str, limit: int) -> None:
             if status.st_blocks * 512 <= OUTPUT_BOUND + limit:
                 continue
             # A hole in front of the end that is kept: size and what is still to come stay right.
-            ends = ctypes.c_long(0), ctypes.c_long(status.st_size - limit)
-            punch = getattr(ctypes.CDLL(None), "fallocate", None)
+            ends = ctypes.c_int64(0), ctypes.c_int64(status.st_size - limit)
+            library = ctypes.CDLL(None)  # it has the first name where the second takes 32 bits
+            punch = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
             if not punch or punch(file.fileno(), 3, *ends):  # 3: PUNCH_HOLE | KEEP_SIZE
                 file.truncate(0)  # no holes here: the end so far is lost, the disk is not
 
