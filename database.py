@@ -896,7 +896,7 @@ def jobs_page(
 
     `state` and `text` (in the id or the command, in any case) may be "". Only the next SEARCHED
     jobs are looked through for a text, so a short page may have a next one; but an id that begins
-    with it is found at once, however old. Brief: no output, long texts cut.
+    with it is found at once, however old, if the page has room. Brief: no output, long texts cut.
     """
     given = {"state": state, "text": text, "before": before, "limit": limit, "floor": 0}
     where, order = "state = :state" if state else "1", "ORDER BY seq DESC LIMIT"
