@@ -260,6 +260,7 @@ class Supervisor:
         self.db = None
 
     def close(self) -> None:
+        """Disconnect, and leave no try of a stop line running."""
         self.disconnect()
         for ending in self.endings.values():
             if ending.far:
