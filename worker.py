@@ -292,7 +292,7 @@ class Supervisor:
             time.sleep(IDLE_TICK_S)
 
     def tick(self, db: Any, now: float, mono: float) -> None:
-        workers = [row for row in database.workers(db) if is_here(row)]
+        workers = database.workers(db)
         self.busy = False
         for row in workers:
             mine = row["supervisor"] == self.id
@@ -321,7 +321,7 @@ class Supervisor:
             # holds it nobody can beat, and `listen` must not take that for silence.
             database.beat(db, self.id, now)
             self.beat_at = mono + min(10.0, self.settings["lock_timeout_s"] / 4)
-        supervisors = [row for row in database.supervisors(db) if is_here(row)]
+        supervisors = database.supervisors(db)
         own = [row["stop"] for row in supervisors if (row["id"], row["pid"]) == (self.id, self.pid)]
         self.asked = max([self.asked, *own, self.drain and database.settled(db)])
         if self.id and not own:
@@ -361,7 +361,7 @@ class Supervisor:
         if not watched and stopped > row["lock_timeout_s"] and is_alive(row):
             if not works_elsewhere(row["pid"], self.path):
                 return "failed", f"worker lost: silent for {duration_text(stopped)}", None
-        # What another container of this machine does, only its supervisor's heartbeat tells.
+        # What another container or host does, only its supervisor's heartbeat tells.
         if others or is_hidden(row):
             heartbeat, silent = self.silences.get(row["supervisor"], (None, 0.0))
             if heartbeat == row["heartbeat_at"] and silent > row["lock_timeout_s"]:
@@ -477,14 +477,13 @@ def is_served(db: Any) -> bool:
 
 
 def live(rows: Iterable[Any]) -> list[Any]:
-    """Return those that are alive: of another container, going by its heartbeat; of other hosts,
-    all."""
-    now = time.time()  # one clock for all containers of this machine
+    """Return those that are alive: of another container or host, going by the heartbeat."""
+    now = time.time()
 
     def beats(row: Any) -> bool:
         return is_hidden(row) and now - row["heartbeat_at"] <= row["lock_timeout_s"]
 
-    return [row for row in rows if not is_here(row) or is_alive(row) or beats(row)]
+    return [row for row in rows if is_alive(row) or beats(row)]
 
 
 def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | None) -> int:
@@ -513,7 +512,6 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
             db = settler.queue()
             left = [row for row in database.supervisors(db) if row["id"] in asked]
             left += [row for row in database.workers(db) if row["supervisor"] in asked]
-            left = [row for row in left if is_here(row)]
             if not left:
                 return len(rows)
             if deadline is not None and time.monotonic() >= deadline:
@@ -1029,15 +1027,12 @@ def ask(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, **plain).stdout.strip()
 
 
-def is_here(row: Any) -> bool:
-    """Say whether a row is of this machine: of this boot or, if older, of this host name."""
-    return row["boot"] == boot_id() or is_hidden(row) or row["host"] == os.uname().nodename
-
-
 def is_hidden(row: Any) -> bool:
-    """Say whether a row is of another container of this machine, whose pids say nothing here."""
+    """Say whether a row is of another container of this machine, whose pids say nothing here, or
+    of another host. Perhaps it is ours of an earlier boot, under a name that we had then."""
     mine, other = boot_id(), row["boot"]
-    return mine != other and mine.partition("/")[0] == other.partition("/")[0]
+    same_machine = mine.partition("/")[0] == other.partition("/")[0]
+    return mine != other and (same_machine or row["host"] != os.uname().nodename)
 
 
 def is_alive(row: Any, prefix: str = "") -> bool:
