@@ -935,20 +935,31 @@ def is_stopped(pid: int) -> bool:
     return (process_status(pid) or "?")[0] in "Tt"
 
 
-def session_members(session: int) -> list[int]:
-    """Return the pids of a session's living processes. Its leader, asking, leaves itself out."""
+def session_members(session: int, seen: int = 0) -> list[int]:
+    """Return the pids of a session's living processes. Its leader, asking, leaves itself out.
+
+    Who forks and ends behind our look is known by his child, whose pid is later than any before: so
+    those given meanwhile are looked at, until there are no more. With `seen` only those since it.
+    """
     members: list[int] = []
-    for _ in range(2):  # a process that forks and exits behind one look is seen by the other
-        linux = sys.platform == "linux"
-        names = os.listdir("/proc") if linux else ask("ps", "-axo", "pid=").split()
-        for pid in [int(name) for name in names if name.isdigit()]:
+    looks = 0
+    while not members:
+        newest = newest_pid()
+        if newest == seen and (newest or looks == 2):
+            break
+        for pid in range(seen + 1, newest + 1) if 0 < seen < newest else all_pids():
             with suppress(OSError):  # it has just gone
                 itself = pid == session == os.getpid()
                 if os.getsid(pid) == session and not itself and process_status(pid):
                     members.append(pid)
-        if members:
-            break
+        seen, looks = newest, looks + 1
     return members
+
+
+def all_pids() -> Iterable[int]:
+    linux = sys.platform == "linux"
+    names = os.listdir("/proc") if linux else ask("ps", "-axo", "pid=").split()
+    return [int(name) for name in names if name.isdigit()]
 
 
 def put_environment(name: bytes, value: bytes) -> None:
@@ -968,22 +979,10 @@ def has_left(newest: int, began: float) -> bool:
     """Say whether a run has left something in our session. `newest`: the newest pid as it began.
 
     To look at all processes takes a tenth of a short run. So after one only those are looked at
-    whose pids were given meanwhile, until there are no more: what a process starts before it ends
-    has a later one than its own.
+    whose pids were given meanwhile; later on, or after that many, the pids may have gone round.
     """
-    seen = newest
-    while True:
-        last = newest_pid()
-        if last == seen > newest:
-            return False
-        # Later on, or after that many, the pids may have gone round.
-        if not seen < last < newest + 100 or time.monotonic() > began + SHORT_S:
-            return bool(session_members(os.getpid()))
-        for pid in range(seen + 1, last + 1):
-            with suppress(OSError):  # it has ended
-                if os.getsid(pid) == os.getpid() and process_status(pid):
-                    return True
-        seen = last
+    short = time.monotonic() <= began + SHORT_S and newest < newest_pid() < newest + 100
+    return bool(session_members(os.getpid(), newest if short else 0))
 
 
 def newest_pid() -> int:

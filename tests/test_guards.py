@@ -158,15 +158,21 @@ def test_a_session_is_emptied_of_every_process_group_in_it(queue: Queue) -> None
             os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("told", [(-1, 0, 0), (None, None, None)])
 def test_a_process_that_slips_by_one_look_is_seen_by_the_next(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, told: tuple[int | None, ...]
 ) -> None:
-    """The one that was listed has forked and gone, and what it has forked was not yet listed."""
+    """The one that was listed has forked and gone, and what it has forked was not yet listed.
+
+    `told`: the newest pids, from the child's on; None: the system does not tell them.
+    """
     child = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
         real, seen = os.listdir, [[]]
+        newest = [0 if each is None else child.pid + each for each in told]
         with monkeypatch.context() as patched:
             patched.setattr(os, "listdir", lambda path: seen.pop() if seen else real(path))
+            patched.setattr(worker, "newest_pid", lambda: newest.pop(0))
             assert worker.session_members(child.pid) == [child.pid]
     finally:
         child.kill()

@@ -283,6 +283,25 @@ def test_a_job_leaves_children_behind_and_they_are_ended(queue: Queue, first: st
     assert queue.job("b")["stdout"] == "mine\n"
 
 
+def test_a_job_leaves_a_chain_of_processes_each_of_which_forks_and_ends(queue: Queue) -> None:
+    """Wherever one looks it is over already, and the next one has a later pid: so it is caught."""
+    queue.configure(kill_grace_s=0.2)
+    (queue.folder / "chain.py").write_text("""
+import os
+chain = os.open("chain", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+for _ in range(20_000):  # by itself it ends too late
+    if os.fork():
+        os._exit(0)
+    os.write(chain, b".")""")
+    enqueue(queue, "a", f"trap '' TERM; {sys.executable} chain.py; sleep 0.2")
+    queue.drain()
+    assert queue.state("a") == "completed"
+    length = (queue.folder / "chain").stat().st_size
+    for _ in range(20):
+        subprocess.run(["true"])
+    assert 0 < length < 20_000 and length == (queue.folder / "chain").stat().st_size
+
+
 def test_what_a_job_leaves_is_not_adopted_by_its_worker(queue: Queue) -> None:
     """Which is not there to bury it: a job that awaits the end of what it has ended (`kill -0`)
     would wait for ever."""
@@ -339,7 +358,7 @@ real, now = worker.newest_pid, time.monotonic()
 before, first = real(), os.spawnlp(os.P_NOWAIT, "true", "true")
 os.waitpid(first, 0)
 os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "60")
-told = [first, real()]  # the sleep began behind the first look
+told = [first, first, real()]  # the sleep began behind the first look
 worker.newest_pid = lambda: told.pop(0) if told else real()
 print(worker.has_left(before, now))
 worker.newest_pid = lambda: 7
