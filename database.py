@@ -378,13 +378,13 @@ def exposed(path: str) -> str:
 
 
 def safe_open(path: str, flags: int) -> int:
-    """Open a private file; never through a symlink, which somebody may have planted."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    """Open a private file; never through a symlink that was planted, nor waiting, as on a FIFO."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
 
 
 def open_bell(path: str, flags: int) -> int | None:
     with suppress(OSError):  # nobody listens, or no FIFOs here
-        bell = safe_open(os.path.join(run_directory(path), "bell"), flags | os.O_NONBLOCK)
+        bell = safe_open(os.path.join(run_directory(path), "bell"), flags)
         if stat.S_ISFIFO(os.fstat(bell).st_mode):
             return bell
         os.close(bell)  # something else was planted there

@@ -748,6 +748,16 @@ def test_a_symlink_was_planted_in_the_run_directory(queue: Queue, name: str) -> 
     assert (run / name).is_symlink() == (name in ("bell", "workers.log"))
 
 
+def test_a_job_puts_a_fifo_in_place_of_its_output_and_holds_up_nobody(queue: Queue) -> None:
+    queue.configure(max_retries=0, kill_grace_s=0.2)
+    outputs = f"{queue.path}.run/*.out"
+    enqueue(queue, "a", f"for f in {outputs}; do rm $f; mkfifo $f; done; sleep 60", timeout=0.5)
+    enqueue(queue, "b", "sleep 60", timeout=1)
+    queue.start("--count", "2")
+    reaches(queue, "a", "dead")
+    reaches(queue, "b", "dead")
+
+
 def test_a_dangling_symlink_makes_no_file_elsewhere(queue: Queue) -> None:
     elsewhere, run = queue.folder / "elsewhere", Path(queue.path + ".run")
     run.mkdir(0o700)
