@@ -194,7 +194,11 @@ def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S)
         # On macOS a sync stops at the drive's cache, unless it is told not to.
         db.execute(f"PRAGMA fullfsync = {int(durable)}")
         db.execute("PRAGMA checkpoint_fullfsync = 1")  # and what was synced leaves the -wal then
-        db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages; each stops us for some 10 ms
+        # Pages. Each checkpoint stops us for some 10 ms; but on a small disk the -wal must not take
+        # the room that the file itself needs to grow, without which it could never be emptied.
+        free = os.statvfs(os.path.dirname(os.path.realpath(path)))
+        pages = max(50, min(4000, free.f_bavail * free.f_frsize // 16_384))
+        db.execute(f"PRAGMA wal_autocheckpoint = {pages}")
         db.execute("PRAGMA journal_size_limit = 33554432")  # of what a stalled reader made grow
         if identity(db) != (APPLICATION_ID, VERSION):
             migrate(db, path)

@@ -119,6 +119,14 @@ def test_the_disk_is_full_and_enqueue_acknowledges_only_what_it_kept(small: Queu
     filled.unlink()
 
 
+def test_the_log_of_a_small_disk_leaves_the_queue_room_to_grow(small: Queue) -> None:
+    """It can be emptied only into the file: a log with all the room would never be."""
+    command = "head -c 1000 /dev/zero | tr '\\0' x\n"
+    small.run("enqueue", "--file", "-", "--lines", stdin=command * 80, check=0)
+    small.drain()
+    assert small.states()["completed"] == 80
+
+
 def full_when_it_ends(queue: Queue, **fields: Any) -> Path:
     """Run a job that fills the disk and ends well; return when its worker keeps the result."""
     queue.configure(**QUICK, output_limit_bytes=200_000)
