@@ -795,16 +795,20 @@ def job(db: Connection, seq: int) -> Row:
     return found
 
 
-def jobs_between(db: Connection, first: int, last: int) -> Iterator[Row]:
-    return db.execute(f"{JOB} WHERE seq BETWEEN ? AND ? ORDER BY seq", (first, last))
+def jobs(db: Connection, seqs: Iterable[int]) -> Iterator[Row]:
+    """Yield the jobs of these numbers that are still there, each by a query of its own: while one
+    is open the -wal only grows, and whoever reads what is printed (`| less`) may take all day."""
+    for seq in seqs:
+        with suppress(NoJob):
+            yield job(db, seq)
 
 
 def jobs_in(db: Connection, states: Sequence[str], limit: int) -> Iterator[Row]:
     """Return the newest `limit` jobs (-1: all) in these states (none: any), in order of enqueue."""
-    where = f"WHERE state IN ({', '.join('?' * len(states))})" if states else "WHERE 1"
+    where = f"WHERE state IN ({', '.join('?' * len(states))})" if states else ""
     newest = f"SELECT seq FROM jobs {where} ORDER BY seq DESC LIMIT ?"
-    query = f"{JOB} {where} AND seq >= (SELECT min(seq) FROM ({newest})) ORDER BY seq"
-    return db.execute(query, (*states, *states, limit))
+    found = jobs(db, [seq for (seq,) in db.execute(newest, (*states, limit))][::-1])
+    return (row for row in found if not states or row["state"] in states)
 
 
 def ready_jobs(db: Connection, now: float, limit: int) -> Iterator[Row]:
@@ -813,9 +817,9 @@ def ready_jobs(db: Connection, now: float, limit: int) -> Iterator[Row]:
     due = "SELECT seq FROM jobs WHERE due = 1 ORDER BY priority DESC, run_at, seq LIMIT :limit"
     come = "SELECT seq FROM jobs WHERE due = 0 AND run_at <= :now"
     query = f"""
-        {JOB} WHERE seq IN (SELECT * FROM ({due}) UNION ALL {come})
+        SELECT seq FROM jobs WHERE seq IN (SELECT * FROM ({due}) UNION ALL {come})
         ORDER BY priority DESC, run_at, seq LIMIT :limit"""
-    return db.execute(query, {"now": now, "limit": limit})
+    return jobs(db, [seq for (seq,) in db.execute(query, {"now": now, "limit": limit})])
 
 
 def runs(db: Connection, seq: int) -> list[Row]:

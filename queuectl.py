@@ -304,7 +304,7 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
     if ignored:
         click.echo(f"ignored, set by the queue: {', '.join(sorted(ignored))}", err=True)
     if as_json and file is not None:
-        emit_jobs(database.jobs_between(place.db, first, last))
+        emit_jobs(database.jobs(place.db, range(first, last + 1)))
     elif as_json:
         emit(database.as_object(database.job(place.db, first)))
     elif file is not None:

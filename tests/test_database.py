@@ -813,6 +813,27 @@ def test_the_time_of_a_run_does_not_begin_before_its_worker_has_the_lock(db):
     assert (*told, run.started_at) == (1.0, NOW + 1, NOW + 1)
 
 
+@pytest.mark.parametrize("some", ["jobs_in(db, [], -1)", "ready_jobs(db, NOW, 9)"])
+def test_who_reads_jobs_slowly_keeps_no_log_from_being_emptied(db, some):
+    """`list --json | less`, and workers that go on: its statement must not stay open."""
+    for _ in range(3):
+        add(db, {})
+    rows = eval(f"database.{some}")
+    assert next(rows)["state"] == "pending"
+    with closing(database.connect(db.execute("PRAGMA database_list").fetchone()["file"])) as other:
+        add(other, {})
+        assert database.empty_log(other)
+    assert len(list(rows)) == 2
+
+
+def test_a_job_that_goes_on_while_it_is_listed_is_in_no_list_of_its_old_state(db):
+    add(db, {})
+    add(db, {})
+    rows = database.jobs_in(db, ["pending"], -1)
+    claimed = database.claim(db, "w1", NOW, lambda: 0.0)[0].job
+    assert [row["id"] == claimed for row in rows] == [False]
+
+
 def test_counts_have_every_state_in_order_and_the_queue_is_settled_when_all_jobs_are(db):
     assert database.settled(db)
     assert database.counts(db) == dict.fromkeys([*database.STATES, "total"], 0)
