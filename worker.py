@@ -128,7 +128,8 @@ class Supervisor:
         self.busy = self.told = False  # whether jobs of ours run; whether it was said that we leave
         self.looked_at = 0.0  # when we last looked
         self.beat_at = self.spawn_at = 0.0  # when the next heartbeat, the next fork may be
-        self.db, self.file, self.patience_s = None, None, database.BUSY_TIMEOUT_S
+        self.db, self.file, self.index = None, None, None  # the last two: as `file_key` has it
+        self.patience_s = database.BUSY_TIMEOUT_S
         if count:  # for who has the lock may be a stopped worker, which we are to end
             self.patience_s = min(self.patience_s, settings["lock_timeout_s"])
 
@@ -242,15 +243,17 @@ class Supervisor:
         Raises QueueError if the file is gone, for connecting would make a new one, or is another:
         there the names of our workers and the numbers of our runs are somebody else's.
         """
-        file = None
-        with suppress(FileNotFoundError):
-            file = os.stat(self.path)[1:3]  # inode and device
+        file, index = file_key(self.path), os.path.realpath(self.path) + "-shm"
         if file is None or self.file not in (None, file):
             self.fatal = f"{self.path} {'is gone' if file is None else 'was replaced'}: leaving"
             raise QueueError(self.fatal)
+        if self.db and self.index not in (None, file_key(index)):
+            # Its locks, too: who comes anew shares none with us. So nobody of ours may write on.
+            self.fatal, self.asked = f"{self.path}-shm was removed: leaving at once", 2
+            raise QueueError(self.fatal)
         if self.db is None:
             self.db = database.connect(self.path, durable=False, patience_s=self.patience_s)
-            self.file = file
+            self.file, self.index = file, file_key(index)
         return self.db
 
     def disconnect(self) -> None:
@@ -849,6 +852,13 @@ def turn(folder: int) -> Iterator[None]:
         yield
     finally:
         fcntl.flock(folder, fcntl.LOCK_UN)
+
+
+def file_key(path: str) -> tuple[int, int] | None:
+    """Return what tells a file from another one of its name: inode and device; None: it is gone."""
+    with suppress(FileNotFoundError):
+        return os.stat(path)[1:3]
+    return None
 
 
 def read_tail(handle: int, limit: int) -> tuple[bytes, int]:

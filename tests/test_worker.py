@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -1130,6 +1131,32 @@ def test_the_queue_is_removed_under_its_workers_and_they_leave(queue: Queue) -> 
         path.unlink()  # of workers of a queue that is no more
 
 
+def test_the_index_of_the_log_is_removed_and_the_workers_write_no_more(queue: Queue) -> None:
+    """Its locks are in it: what the others write meanwhile would be overwritten, unread."""
+    queue.configure(backoff_base=0, backoff_jitter=0)
+    enqueue(queue, "a", UNTIL_GO)
+    process = queue.start()
+    begun(queue)
+    [session], index = queue.sessions, queue.folder / "queue.db-shm"
+
+    def is_connected() -> bool:  # once more, after each fork
+        for handle in Path(f"/proc/{process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                if handle.samefile(index):
+                    return True
+        return False
+
+    eventually(is_connected)
+    index.unlink()
+    enqueue(queue, "b", "true")
+    assert process.wait(timeout=DEADLINE_S) == 1
+    assert "queue.db-shm was removed: leaving at once" in process.log.read_text()
+    assert worker.session_members(session) == []
+    go(queue)
+    queue.drain()
+    assert queue.states()["completed"] == 2
+
+
 def test_who_slept_while_the_queue_was_replaced_leaves_the_new_ones_workers_alone(
     queue: Queue,
 ) -> None:
@@ -1161,7 +1188,7 @@ def test_a_backup_takes_the_queues_place_and_its_workers_do_not_work_on_for_the_
         os.unlink(queue.path + end)
     os.replace(queue.path + ".new", queue.path)
     assert process.wait(timeout=DEADLINE_S) == 1
-    assert "queue.db was replaced: leaving" in process.log.read_text()
+    assert re.search("queue.db( was replaced|-shm was removed): leaving", process.log.read_text())
     enqueue(queue, "a", "true")
     queue.drain()
     assert queue.state("a") == "completed"
