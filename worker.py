@@ -958,7 +958,7 @@ def session_members(session: int, seen: int = 0) -> list[int]:
         if newest == seen and (newest or looks == 2):
             break
         for pid in range(seen + 1, newest + 1) if 0 < seen < newest else all_pids():
-            with suppress(OSError):  # it has just gone
+            with suppress(ProcessLookupError, PermissionError):  # it has just gone; it is hidden
                 itself = pid == session == os.getpid()
                 if os.getsid(pid) == session and not itself and process_status(pid):
                     members.append(pid)
@@ -1022,7 +1022,9 @@ def process_status(pid: int) -> Any:
     if sys.platform != "linux":
         state, _, birth = ask("ps", "-o", "stat=,lstart=", "-p", str(pid)).partition(" ")
         return None if state[:1] in ("", "Z") else {0: state[0], 19: birth.strip()}
-    with suppress(OSError), open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+    # Any other error (no more open files) does not say that it is dead.
+    gone = FileNotFoundError, ProcessLookupError, PermissionError
+    with suppress(*gone), open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
         status = file.read().rpartition(b")")[2].decode().split()
         # A program whose first thread has ended looks like a zombie, but its other threads live on.
         return None if status[0] in "ZX" and int(status[17]) < 2 else status

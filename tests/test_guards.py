@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -181,6 +182,16 @@ def test_a_process_that_slips_by_one_look_is_seen_by_the_next(
     words = ["sh", "-c", f"\"$0\" -c '{ask}'; :", sys.executable]  # one that is not the leader
     asked = subprocess.run(words, cwd=ROOT, start_new_session=True, capture_output=True, text=True)
     assert asked.stdout == "True\n", asked.stderr
+
+
+def test_who_cannot_be_looked_at_is_not_called_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENFILE, "no more open files")
+
+    monkeypatch.setattr(worker, "open", full, raising=False)
+    for look in (worker.process_birth, worker.session_members):
+        with pytest.raises(OSError, match="no more open files"):
+            look(os.getsid(0))
 
 
 def test_who_was_silent_and_has_just_beaten_is_not_lost(queue: Queue) -> None:
