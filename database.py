@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
+from itertools import chain
 from operator import itemgetter
 from sqlite3 import Connection, Row
 from typing import Any, NamedTuple
@@ -1090,15 +1091,22 @@ class Explained(Connection):
         return self.told(super().execute, sql, values)
 
     def executemany(self, sql: str, values: Any) -> Any:
-        return self.told(super().executemany, sql, values)
+        rows = iter(values)
+        first = next(rows, None)  # it stands for all, of which there may be a million
+        run, every = super().executemany, () if first is None else chain([first], rows)
+        return self.told(lambda sql, _: run(sql, every), sql, first)
 
     def told(self, run: Callable[[str, Any], Any], sql: str, values: Any) -> Any:
         """Execute one statement, and tell it with what it did and cost."""
         inside, frame = self.in_transaction, sys._getframe(2)
         # A BEGIN has waited since its transaction was asked for, first for our turn.
         began = frame.f_locals.get("asked", 0) if "BEGIN I" in sql else time.perf_counter()
-        answer = run(sql, values)
-        answer = Rows(answer.fetchall()) if answer.description else answer
+        answer = failure = None
+        try:
+            answer = run(sql, values)
+            answer = Rows(answer.fetchall()) if answer.description else answer
+        except sqlite3.Error as error:
+            failure = error
         took = (time.perf_counter() - began) * 1000
         # The function that a reader knows: no comprehension, nor what `with transaction` calls.
         while re.match("<|transaction|__", frame.f_code.co_name):
@@ -1109,12 +1117,18 @@ class Explained(Connection):
             changed, effect = None, plural(len(answer), "row")
             if LAST_FOUND.get(text) == answer:
                 return answer  # idle ones look again and again: what they find is shown once
+            if len(LAST_FOUND) > 1000:
+                LAST_FOUND.clear()
             LAST_FOUND[text] = answer
+        elif failure:
+            changed, effect = None, "failed"
         else:
             changed = answer.rowcount if answer.rowcount >= 0 else None
             effect = "" if changed is None else f"{plural(changed, 'row')} changed"
         remark = REMARKS.get((function, verb, changed), "")
-        if verb == "BEGIN" and took > 1:
+        if failure:
+            remark = f"SQLite says: {failure}"
+        elif verb == "BEGIN" and took > 1:
             remark = f"waited {took:.1f} ms for another writer's lock"
         place = f"pid {os.getpid():<7}  {f'{function}:{frame.f_lineno}':<24}"
         within = inside and verb not in ("COMMIT", "ROLLBACK")
@@ -1122,6 +1136,8 @@ class Explained(Connection):
         if not self.in_transaction:  # while the lock is held nobody waits for a reader
             show(UNSHOWN)
             UNSHOWN.clear()
+        if failure:
+            raise failure
         return answer
 
 

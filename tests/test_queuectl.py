@@ -1168,9 +1168,26 @@ def test_each_statement_is_shown_with_its_values_and_what_it_did(queue: Queue) -
     assert done.stdout == "a\n"
     shown = [re.sub(r" +", " ", line) for line in done.stderr.splitlines()]
     assert all(re.match(r"pid \d+ [a-z_]+:\d+ [\d.]+ ms ", line) for line in shown), shown
+    assert any("(0, 'a', 'echo hello', 0, NULL, " in line for line in shown), shown
     assert any("enqueue" in line and "1 row changed INSERT INTO jobs" in line for line in shown)
     assert any("job:" in line and "1 row SELECT" in line and "seq = 1" in line for line in shown)
     assert queue.run("show", "a", check=0).stderr == ""
+
+
+def test_a_statement_that_fails_is_shown_and_says_why(queue: Queue) -> None:
+    queue.run("init", check=0)
+    with closing(sqlite3.connect(queue.path)) as db:
+        db.execute("CREATE TRIGGER t BEFORE INSERT ON jobs BEGIN SELECT raise(abort, 'no'); END")
+    done = queue.run("--explain", "enqueue", "--command", "true", check=1)
+    with closing(sqlite3.connect(queue.path)) as db:
+        db.execute("DROP TRIGGER t")
+    [failed] = [line for line in done.stderr.splitlines() if "INSERT INTO jobs" in line]
+    assert re.search(
+        r" ms  failed +INSERT INTO jobs .* FROM incoming .*<- SQLite says: no$", failed
+    )
+    assert done.stderr.splitlines()[-1] == (
+        f"Error: {queue.path}: SQLite says: no; `doctor` tells more"
+    )
 
 
 def test_the_statements_of_a_transaction_stand_between_its_brackets(queue: Queue) -> None:
