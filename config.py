@@ -90,7 +90,7 @@ def stored(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8-sig") as file:
             found = parse_json(file.read())
         if not isinstance(found, dict):
-            raise BadInput(f"must be a JSON object, not {json_kind(found)}")
+            raise BadInput(f"must be a JSON object, not {shown(found)}")
         settings = {}
         for key, value in found.items():
             name = setting_name(key)
@@ -184,7 +184,7 @@ def check_job(given: Any, settings: dict[str, Any], cwd: str) -> dict[str, Any]:
     here, so that a later `config set` never changes it. Raises BadInput, naming the field.
     """
     if not isinstance(given, dict):
-        raise BadInput(f"a job is a JSON object, not {json_kind(given)}")
+        raise BadInput(f"a job is a JSON object, not {shown(given)}")
     job = UNSET.copy()
     job["cwd"], job["timeout_s"] = cwd, settings["job_timeout_s"]
     job["max_retries"], job["backoff_base"] = settings["max_retries"], settings["backoff_base"]
@@ -238,7 +238,7 @@ def check_filled(name: str, value: Any) -> str:
 def check_text(name: str, value: Any) -> str:
     """Return the text. NUL would cut it short in exec, a lone surrogate has no UTF-8."""
     if not isinstance(value, str):
-        raise BadInput(f'"{name}" must be text, not {json_kind(value)}')
+        raise BadInput(f'"{name}" must be text, not {shown(value)}')
     if "\0" in value:
         raise BadInput(f'"{name}" contains a NUL character')
     try:
@@ -253,11 +253,9 @@ def check_number(name: str, value: Any) -> float:
     # bool is an int to Python; to a user, true is no number.
     if type(value) is not int and (type(value) is not float or setting.kind is int):
         wanted = "a whole number" if setting.kind is int else "a number"
-        shown = value if type(value) is float else json_kind(value)
-        raise BadInput(f'"{name}" must be {wanted}, not {shown}')
+        raise BadInput(f'"{name}" must be {wanted}, not {shown(value)}')
     if not setting.low <= value <= setting.high:  # false for NaN too
-        shown = value if type(value) is float or abs(value) < 2**64 else "a huge number"
-        raise BadInput(f'"{name}" must be from {setting.low} to {setting.high}, not {shown}')
+        raise BadInput(f'"{name}" must be from {setting.low} to {setting.high}, not {shown(value)}')
     return value
 
 
@@ -266,7 +264,7 @@ def check_time(name: str, value: Any) -> float:
     if isinstance(value, str) and re.fullmatch(r"[0-9]{9,11}([.][0-9]+)?", value):
         value = float(value)  # other numbers are rather dates: 20300131, 203001311200
     if type(value) not in (int, float, str):
-        raise BadInput(f'"{name}" must be a date or Unix seconds, not {json_kind(value)}')
+        raise BadInput(f'"{name}" must be a date or Unix seconds, not {shown(value)}')
     if type(value) is not str:
         if not 0 <= value <= LAST_TIME:
             raise BadInput(f'"{name}" {value!s:.40} is no time in Unix seconds')
@@ -287,7 +285,7 @@ def check_time(name: str, value: Any) -> float:
 
 
 # What a user may say of one job, and what makes sure of it.
-FIELDS = {"id": check_id, "command": check_filled, "cwd": check_text, "run_at": check_time}
+FIELDS = {"id": check_id, "command": check_filled, "cwd": check_filled, "run_at": check_time}
 FIELDS |= dict.fromkeys(("priority", "max_retries", "backoff_base", "timeout_s"), check_number)
 UNSET = dict.fromkeys(FIELDS) | {"priority": 0}
 
@@ -308,13 +306,15 @@ def parse_entries(lines: Iterator[str], commands: bool = False) -> Iterator[tupl
 
     Lines are read one by one, so a million of them need no memory; an array is read whole.
     """
+    begun = False
     for number, line in enumerate(lines, 1):
         text = line.strip()
         if commands and text:
             yield number, {"command": line.rstrip("\r\n")}
-        elif text.startswith("["):
+        elif text.startswith("[") and not begun:
             yield from parse_array("".join([line, *lines]), number)
         elif text:
+            begun = True
             try:
                 yield number, parse_json(text)
             except BadInput as error:
@@ -377,6 +377,9 @@ def parse_duration(text: str) -> float:
     raise BadInput(f'"{text}" is no duration; write it like 30s, 5m, 2h or 7d')
 
 
-def json_kind(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "text", bool: "true or false"}
-    return names.get(type(value), "null" if value is None else "a number")
+def shown(value: Any) -> str:
+    """Return a JSON value as a message names it."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "an array"
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:40] + "..."

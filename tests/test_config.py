@@ -201,11 +201,11 @@ NOT_A_JOB = [
     ("[" * 100_000, "not JSON"),
     ('{"command": NaN}', "NaN is no number"),
     ('{"command": "a", "command": "b"}', '"command" is repeated'),
-    ('"true"', "a job is a JSON object, not text"),
+    ('"true"', "a job is a JSON object, not \"true\""),
     ("[1]", "not an array"),
     ("null", "not null"),
-    ("true", "not true or false"),
-    ("5", "not a number"),
+    ("true", "not true"),
+    ("5", "not 5"),
     ("{}", 'needs a "command"'),
     ('{"command": ""}', '"command" is empty'),
     ('{"command": " \\n"}', '"command" is empty'),
@@ -264,7 +264,7 @@ def test_a_bad_value_is_refused_and_its_field_is_named(field, value):
 
 def test_nan_is_refused_where_python_code_passes_it():
     for field in ("priority", "timeout", "backoff_base", "run_at"):
-        with pytest.raises(BadInput, match="nan"):
+        with pytest.raises(BadInput, match="NaN|nan"):
             check(**{field: math.nan})
 
 
