@@ -43,7 +43,8 @@ REFRESH_S = 5.0  # without any change: the last hour goes on, and viewers hear t
 LANES_S, LANE_RUNS, CHART_S, PAGE_JOBS = 900, 600, 1800, 50  # what the page shows at most ...
 PAGE_RUNS = 100  # ... and of one job
 REQUEST_S, SEND_S = 10.0, 10.0  # to read a whole request; to get rid of one piece of an answer
-CONNECTIONS = 256  # at once; then the oldest that has not asked for anything yet must go
+# At once (macOS lets a program open 256 files); then the oldest that has not asked yet must go.
+CONNECTIONS = 128
 BODY_BYTES, OUTPUT_BYTES = 2**20, 2**16
 BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800, 3600)  # seconds, of the histograms
 REFUSAL = b"403: open the address that `queuectl.py dashboard` printed\n"

@@ -320,6 +320,14 @@ def patience(db: Connection, wait_ms: int) -> Iterator[None]:
         db.execute(f"PRAGMA busy_timeout = {before}")
 
 
+def unwritable(path: str) -> str:
+    """Return which of a queue's files may not be written. A look at a queue that was read-only may
+    have left others so beside it."""
+    place = os.path.realpath(path)
+    names = [name for name in (place, place + "-wal", place + "-shm") if os.path.exists(name)]
+    return next((name for name in names if not os.access(name, os.W_OK)), os.path.dirname(place))
+
+
 def is_damage(text: str) -> bool:
     """Say whether `error_text` tells of what no second try will mend."""
     return text.endswith(("restore it from a copy", "not a SQLite database; use another --db"))
@@ -347,7 +355,7 @@ def error_text(error: Exception, path: str) -> str:
         ("malformed", "is damaged; `doctor` tells more; restore it from a copy"),
         ("codec", "is damaged: its schema is no text; restore it from a copy"),
         ("is full", "the disk is full: nothing was changed; make room and try again"),
-        ("readonly", "it or its directory is read-only: nothing was changed; make both writable"),
+        ("readonly", f"{unwritable(path)} is read-only: nothing was changed; make it writable"),
         ("I/O", "cannot be read or written (disk I/O error); is the disk full, or broken?"),
         ("unable to open", "cannot be opened; is its directory there, and may you write both?"),
         ("is locked", "was locked by another process for too long; try again"),
@@ -366,20 +374,37 @@ def run_directory(path: str) -> str:
     return os.path.realpath(path) + ".run"
 
 
-def exposed(path: str) -> str:
-    """Say where others could write the queue, or replace it, and what mends that; else ""."""
-    folder, parents = run_directory(path), {os.path.dirname(path) or "."}
-    parents.add(os.path.dirname(folder))  # another one, if the path is a link
-    for place in (path, folder, *sorted(parents)):
+def exposed(path: str, settings: str = "") -> str:
+    """Say where others could write the queue (or the settings, for a launcher is a shell line), or
+    replace it, and what mends that; else ""."""
+    folder = run_directory(path)  # not beside the path itself, if that is a link
+    parents = {os.path.dirname(each) or "." for each in (path, folder, settings or path)}
+    own = own_group()
+    for place in (path, folder, settings or path, *sorted(parents)):
         with suppress(FileNotFoundError):  # not every queue has its run directory yet
             status = os.stat(place, follow_symlinks=place != folder)
+            if place == folder and not stat.S_ISDIR(status.st_mode):
+                return f"{folder} is not a directory; remove it"
             # Others cannot replace our files in a sticky directory (/tmp). A group that is our own
-            # is let in to the parent: where each user has one, umask 002 makes all directories so.
+            # is let in, but to the queue: where each user has one, umask 002 makes all files so.
             sticky = place in parents and status.st_mode & stat.S_ISVTX
-            bits = 0o002 if place in parents and status.st_gid == os.getegid() else 0o022
+            bits = 0o002 if place not in (path, folder) and status.st_gid == own else 0o022
             if status.st_mode & bits and not sticky:
                 return f"others can write {place}; chmod go-w {place}"
     return ""
+
+
+def own_group() -> int:
+    """Return our group if it is our user's alone, else -1: it has his name (login.defs(5),
+    USERGROUPS_ENAB) or number. On macOS, for one, all users are in `staff`."""
+    import grp
+    import pwd
+
+    user, group = os.geteuid(), os.getegid()
+    with suppress(KeyError):
+        if user == group or grp.getgrgid(group).gr_name == pwd.getpwuid(user).pw_name:
+            return group
+    return -1
 
 
 def safe_open(path: str, flags: int) -> int:
@@ -462,7 +487,9 @@ def enqueue(db: Connection, now: float) -> tuple[int, int]:
                     {"last": last, "now": now},
                 ).rowcount
                 return last + 1, last + count
-            except sqlite3.IntegrityError:
+            except sqlite3.IntegrityError as error:
+                if "UNIQUE" not in str(error):
+                    raise  # a hand has changed the schema, or used up the numbers
                 # The next 1, 2, 4 ... times as many numbers are left out.
                 jump = 2 * jump or db.execute("SELECT count(*) FROM incoming").fetchone()[0]
                 last += jump
@@ -1211,11 +1238,8 @@ INVARIANTS = {
 }
 
 
-def check(db: Connection, path: str = "") -> Iterator[tuple[str, str, str]]:
-    """Check the file and the invariants: yield what holds, what breaks it now or "", what would.
-
-    With its path also who else may write it.
-    """
+def check(db: Connection) -> Iterator[tuple[str, str, str]]:
+    """Check the file and the invariants: yield what holds, what breaks it now or "", what would."""
 
     def found(query: str, where: str = "") -> str:
         rows, error = [], ""
@@ -1236,15 +1260,12 @@ def check(db: Connection, path: str = "") -> Iterator[tuple[str, str, str]]:
     with closing(sqlite3.connect(":memory:")) as new:
         for statement in SCHEMA:
             new.execute(statement)
-        missing = {name for _, name, *_ in shape(new) - shape(db)}
+        changed = {name for _, name, *_ in shape(new) ^ shape(db)}
     cause = "a hand in the file: `connect` has refused or brought up every other version"
-    yield f"its schema is version {VERSION}, unchanged", ", ".join(sorted(missing)), cause
+    yield f"its schema is version {VERSION}, unchanged", ", ".join(sorted(changed)), cause
     odd = "".join(found(odd_values(db, table), f" in {table}: ") for table in TABLES).strip()
     cause = "a hand in the file, or a flipped byte: who reads the value cannot reckon with it"
     yield "every value has its column's type, every time a date", odd, cause
-    if path:
-        cause = "a chmod: who writes it has commands run as its owner"
-        yield "only its owner can write it", exposed(path), cause
     for name, (query, cause) in INVARIANTS.items():
         yield name, found(query + " LIMIT 3", "found in "), cause
 
@@ -1252,7 +1273,11 @@ def check(db: Connection, path: str = "") -> Iterator[tuple[str, str, str]]:
 def shape(db: Connection) -> set[tuple[str, ...]]:
     """Return what a database is made of: (table or index, its name, a column of it, its type)."""
     columns = "SELECT m.type, m.name, c.name, c.type FROM sqlite_master AS m"
-    return {tuple(row) for row in db.execute(f"{columns} LEFT JOIN pragma_table_info(m.name) AS c")}
+    ours = "WHERE m.name NOT LIKE 'sqlite%'"  # ANALYZE, for one, makes tables for SQLite itself
+    return {
+        tuple(row)
+        for row in db.execute(f"{columns} LEFT JOIN pragma_table_info(m.name) AS c {ours}")
+    }
 
 
 def odd_values(db: Connection, table: str) -> str:
@@ -1261,7 +1286,7 @@ def odd_values(db: Connection, table: str) -> str:
     odd = [f"typeof({name}) NOT IN ('{kind.lower()}', 'null')" for name, kind in columns]
     times = [name for name, _ in columns if name.endswith("_at")]
     odd += [f"{name} NOT BETWEEN 0 AND 253402300799" for name in times]  # 1970 to 9999
-    return f"SELECT rowid FROM {table} WHERE {' OR '.join(odd)} LIMIT 3"
+    return f"SELECT rowid FROM {table} WHERE {' OR '.join(odd) or 0} LIMIT 3"
 
 
 def is_damaged(path: str) -> bool:

@@ -11,6 +11,9 @@ from __future__ import annotations
 import gc
 import sys
 
+if sys.version_info < (3, 10):  # noqa: UP036  # a stock macOS has 3.9
+    raise SystemExit("Error: Python 3.10 or newer is needed, this is " + sys.version.split()[0])
+
 if __name__ == "__main__":  # Ctrl+C while all this is being loaded ends it, without a traceback
     sys.excepthook = lambda *e: e[0] is KeyboardInterrupt or sys.__excepthook__(*e)
     gc.disable()  # nothing of it is garbage: to look for some took 5 % of a short command
@@ -362,6 +365,8 @@ def start(place: Place, count: int, detach: bool, drain: bool, explain: bool, **
     database.show = show_statements if explain else database.show
     given = {name: check_setting(name, line) for name, line in lines.items() if line is not None}
     settings = place.settings | given
+    if exposed := database.exposed(place.path, place.config_path):
+        raise database.QueueError(exposed)
     place.db.close()  # made if need be; the workers open their own
     if not detach:
         place.hands.Supervisor(place.path, settings, print_event, count, drain).run()
@@ -733,11 +738,20 @@ def doctor(place: Place, as_json: bool) -> int:
     Below each stands what would break it.
     """
     try:
-        found = list(database.check(place.db, place.path))
+        found = list(database.check(place.db))
     except database.QueueError as error:
-        cause = "a failing disk, a copy that was cut short, or another program's file"
+        cause = "a failing disk, a copy that was cut short, a newer queuectl, another program"
         problem = str(error).replace("`doctor` tells more; ", "")
         found = [("the file can be opened as a queue", problem, cause)]
+    cause = "a chmod: who writes them has commands run as their owner (a launcher is one)"
+    exposed = database.exposed(place.path, place.config_path)
+    found.append(("only their owner can write the queue and the settings", exposed, cause))
+    problem, cause = "", "a typing error in it: `enqueue` and `worker start` would refuse it"
+    try:
+        config.load(place.config_path)
+    except config.BadFile as error:
+        problem = str(error)
+    found.append(("the settings file says what settings may be", problem, cause))
     ok = not any(problem for _, problem, _ in found)
     if as_json:
         keys = "check", "problem", "broken_by"

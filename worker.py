@@ -153,6 +153,8 @@ class Supervisor:
         if 2 * self.count + 32 > files:
             needed = f"--count {self.count} needs {2 * self.count + 32} open files"
             raise QueueError(f"{needed}, the limit is {files}; raise it with ulimit -n")
+        if not process_birth(self.pid):
+            raise QueueError("processes cannot be seen here: /proc (on macOS ps) tells nothing")
         self.wake, self.signals = await_signals()
         self.try_stop_line()
         # Workers read end of file here when the supervisor is gone, however it went.
@@ -809,8 +811,6 @@ def make_run_directory(path: str) -> None:
     folder = database.run_directory(path)
     with suppress(FileExistsError):
         os.mkdir(folder, 0o700)
-    if not os.path.isdir(folder) or os.path.islink(folder):
-        raise QueueError(f"{folder} is not a directory; remove it")
     if exposed := database.exposed(path):
         raise QueueError(exposed)
     for place in (path, folder):

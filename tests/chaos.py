@@ -292,7 +292,7 @@ class Chaos:
             if row["state"] != wanted:
                 self.failures.append(f"{name} is {row['state']}, not {wanted}")
         self.compare(lines, runs)
-        for name, problem, _ in database.check(db, self.path):
+        for name, problem, _ in database.check(db):
             if problem:
                 self.failures.append(f"doctor: {name}: {problem}")
         db.close()

@@ -216,7 +216,8 @@ class Queue:
         db.execute("PRAGMA busy_timeout = 0")
         db.execute("BEGIN IMMEDIATE")  # raises if somebody holds the lock
         db.execute("ROLLBACK")
-        problems = [(name, text) for name, text, _ in database.check(db, self.path) if text]
+        problems = [(name, text) for name, text, _ in database.check(db) if text]
+        assert not database.exposed(self.path)
         db.close()
         assert not problems, problems
 

@@ -269,7 +269,7 @@ class Trial:
             assert database.counts(db)["total"] == 1, "the job is lost, or doubled"
             seq = database.find(db, "job")
             job, runs = database.job(db, seq), database.runs(db, seq)
-            problems = [text for _, text, _ in database.check(db, self.path) if text]
+            problems = [text for _, text, _ in database.check(db) if text]
             staff = [tuple(row) for row in db.execute("SELECT id, supervisor, pid FROM workers")]
         assert not problems, f"doctor: {problems}"
         assert not staff, f"a worker that nobody will settle (id, supervisor, pid): {staff}"

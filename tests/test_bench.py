@@ -61,7 +61,7 @@ def test_the_big_queue_is_one_that_could_have_come_about(tmp_path):
     path = str(tmp_path / "queue.db")
     bench.build(path, 50, 40, 30, 20)
     db = database.connect(path)
-    assert [text for _, text, _ in database.check(db, path) if text] == []
+    assert [text for _, text, _ in database.check(db) if text] == []
     counts = database.counts(db)
     assert (counts["completed"], counts["pending"], counts["dead"]) == (50, 70, 20)
     assert len(list(database.ready_jobs(db, time.time(), -1))) == 30

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import grp
 import os
+import pwd
 import sqlite3
 import stat
 import tempfile
@@ -11,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +38,7 @@ def opened(path: str) -> Iterator[sqlite3.Connection]:
         names = [database.register_worker(db, supervisor, n, "birth", NOW) for n in range(4)]
         assert names == ["w1", "w2", "w3", "w4"]
         yield db
-        assert [(name, text) for name, text, _ in database.check(db, path) if text] == []
+        assert [(name, text) for name, text, _ in database.check(db) if text] == []
 
 
 @pytest.fixture
@@ -155,7 +158,7 @@ def test_what_a_hand_has_changed_in_the_file_holds_up_no_other_job(path, state):
         db.execute("UPDATE jobs SET state = ? WHERE seq = ?", (state, by_hand))
         assert take(db).seq == other
         assert take(db) is None
-        assert [text for _, text, _ in database.check(db, path) if text]
+        assert [text for _, text, _ in database.check(db) if text]
 
 
 def test_an_index_that_the_table_does_not_bear_out_is_damage_and_no_endless_race(path):
@@ -624,7 +627,7 @@ def test_a_queue_in_place_of_a_removed_one_has_nothing_in_common_with_it(path):
             add(new, *[{"id": f"more{n}"} for n in range(200)])
             assert database.counts(old) == {**database.counts(old), "processing": 9, "total": 200}
             assert database.counts(new) == {**database.counts(new), "pending": 209, "total": 209}
-            assert not any(problem for _, problem, _ in database.check(new, path))
+            assert not any(problem for _, problem, _ in database.check(new))
 
 
 def test_who_makes_the_queue_leaves_alone_what_another_was_faster_to_make(path, monkeypatch):
@@ -727,10 +730,8 @@ def test_damage_is_told_by_the_words_and_not_by_a_path_that_has_them():
 
 
 def test_a_mistake_of_ours_is_not_told_as_damage(db, path):
-    os.chmod(path, 0o666)  # of which doctor complains, too
     with pytest.raises(TypeError, match="ours"):
         database.error_text(TypeError("ours"), path)
-    os.chmod(path, 0o600)
     db.execute("ALTER TABLE runs RENAME COLUMN error TO ERROR")
     assert "is damaged" in database.error_text(TypeError("of damage"), path)
     assert "no memory" in database.error_text(MemoryError(), path), "it passes; damage does not"
@@ -774,20 +775,73 @@ def test_doctor_finds_every_broken_invariant_and_names_it(db, path):
     for name, update in BROKEN.items():
         db.execute("BEGIN")
         db.execute(f"UPDATE {update}")
-        found = {name: text for name, text, _ in database.check(db, path) if text}
+        found = {name: text for name, text, _ in database.check(db) if text}
         db.execute("ROLLBACK")
         assert found.get(name, "").startswith("found in "), (name, found)
         if "WHERE id = '" in update:
             assert found[name] == "found in " + update.split("'")[-2]
 
 
-def test_doctor_names_the_chmod_that_mends_a_queue_others_can_write(db, path):
-    for place, mode in ((path, 0o620), (os.path.dirname(path), 0o777)):
-        before = os.stat(place).st_mode
-        os.chmod(place, mode)
-        told = f"others can write {place}; chmod go-w {place}"
-        assert told in [problem for _, problem, _ in database.check(db, path)]
-        os.chmod(place, before)
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ("CREATE TRIGGER t BEFORE INSERT ON jobs BEGIN SELECT 1; END", "t"),
+        ("ALTER TABLE runs ADD COLUMN more TEXT", "runs"),
+        ("DROP TABLE workers", "workers"),
+    ],
+)
+def test_doctor_names_what_a_hand_has_changed_in_the_schema(db, change, named):
+    db.execute("ANALYZE")  # which adds tables of SQLite's own
+    assert [problem for _, problem, _ in database.check(db) if problem] == []
+    db.execute("BEGIN")
+    db.execute(change)
+    found = {name: problem for name, problem, _ in database.check(db) if problem}
+    db.execute("ROLLBACK")
+    assert found["its schema is version 1, unchanged"] == named
+    assert "syntax" not in str(found)
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ("CREATE TRIGGER t BEFORE INSERT ON jobs BEGIN SELECT raise(abort, 'no'); END", "no"),
+        ("UPDATE sqlite_sequence SET seq = 9223372036854775807", "datatype mismatch"),
+    ],
+)
+def test_a_hand_in_the_file_keeps_jobs_out_and_enqueue_does_not_try_for_ever(db, change, why):
+    add(db, {})
+    database.gather(db, [entry(0)])
+    db.execute("SAVEPOINT before")
+    db.execute(change)
+    with pytest.raises(sqlite3.IntegrityError, match=f"^{why}$"):
+        database.enqueue(db, NOW)
+    db.execute("ROLLBACK TO before")
+
+
+@pytest.mark.parametrize("left", ["", "-wal", "-shm"])
+def test_what_is_read_only_is_named(db, path, left, monkeypatch):
+    """A look at a queue that was read-only leaves files beside it that are so, too."""
+    can = os.access
+    monkeypatch.setattr(os, "access", lambda name, mode: name != path + left and can(name, mode))
+    told = database.error_text(sqlite3.Error("attempt to write a readonly database"), path)
+    assert told.startswith(f"{path}: {path}{left} is read-only: ")
+    monkeypatch.setattr(os, "access", can)
+    told = database.error_text(sqlite3.Error("attempt to write a readonly database"), path)
+    assert told.startswith(f"{path}: {os.path.dirname(path)} is read-only: ")
+
+
+@pytest.mark.parametrize(
+    "user, group, name, own",
+    [(7, 7, "", 7), (7, 9, "ann", 9), (7, 20, "staff", -1), (7, 9, "", -1)],
+)
+def test_a_group_is_its_users_own_by_name_or_number(monkeypatch, user, group, name, own):
+    """On macOS everybody is in `staff`; in a container nobody may have a name."""
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(os, "getegid", lambda: group)
+    known = {group: SimpleNamespace(gr_name=name)} if name else {}
+    monkeypatch.setattr(grp, "getgrgid", known.__getitem__)
+    monkeypatch.setattr(pwd, "getpwuid", {user: SimpleNamespace(pw_name="ann")}.__getitem__)
+    assert database.own_group() == own
 
 
 # --- what people and scripts read ------------------------------------------------------------

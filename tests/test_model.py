@@ -472,7 +472,7 @@ class Memory(RuleBasedStateMachine):
 
     @invariant()
     def doctor_is_content(self) -> None:
-        problems = [text for _, text, _ in database.check(self.db, self.path) if text]
+        problems = [text for _, text, _ in database.check(self.db) if text]
         assert not problems, problems
 
 

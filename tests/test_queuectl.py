@@ -362,6 +362,21 @@ def test_doctor_names_the_invariant_that_is_broken(tmp_path: Path) -> None:
     assert state["check"] == "every state is one of the six" and "hand" in state["broken_by"]
 
 
+def test_doctor_looks_at_the_settings_too(tmp_path: Path) -> None:
+    queue = Queue(tmp_path)
+    queue.configure(max_retries="many")
+    found = json.loads(queue.run("doctor", "--json", check=1).stdout)
+    [problem] = [each["problem"] for each in found["checks"] if each["problem"]]
+    assert problem.startswith(f'{queue.config}: "max_retries" must be a whole number, not "many"; ')
+
+
+def test_an_older_python_is_refused_in_a_sentence() -> None:
+    program = "import sys; sys.version_info = (3, 9, 18); import queuectl"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: Python 3.10 or newer is needed, this is ")
+
+
 # --- bad input -------------------------------------------------------------------------------
 
 

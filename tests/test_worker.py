@@ -956,19 +956,36 @@ def test_a_job_of_a_later_time_and_a_retry_wake_a_sleeping_worker(queue: Queue) 
         ("queue.db", 0o602),
         ("queue.db.run", 0o770),
         ("queue.db.run", 0o707),
+        ("config.json", 0o602),  # with a launcher in it
         ("", 0o777),
     ],
 )
 def test_others_could_write_commands_into_the_queue(queue: Queue, name: str, mode: int) -> None:
     database.ring(queue.path)
+    queue.configure()
     queue.drain()
     place = str(queue.folder / name)
     os.chmod(place, mode)
+    checks = json.loads(queue.run("doctor", "--json", check=1).stdout)["checks"]
+    [problem] = [each["problem"] for each in checks if each["problem"]]
+    assert problem == f"others can write {place}; chmod go-w {place}"
     for words in ([], ["--detach"]):
         refused = queue.run("worker", "start", *words, check=1)
         assert refused.stderr == f"Error: others can write {place}; chmod go-w {place}\n"
     subprocess.run(["chmod", "go-w", place], check=True)
     queue.drain()
+    queue.run("doctor", check=0)
+
+
+def test_where_processes_cannot_be_seen_no_worker_is_started(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor would take itself for dead."""
+    monkeypatch.setattr(worker, "process_birth", lambda _: None)
+    database.connect(queue.path).close()
+    looks = settler(queue)[0]
+    with pytest.raises(database.QueueError, match="processes cannot be seen here"):
+        looks.begin()
 
 
 def test_a_queue_lies_in_a_sticky_directory_like_tmp(queue: Queue) -> None:
