@@ -201,7 +201,7 @@ NOT_A_JOB = [
     ("[" * 100_000, "not JSON"),
     ('{"command": NaN}', "NaN is no number"),
     ('{"command": "a", "command": "b"}', '"command" is repeated'),
-    ('"true"', "a job is a JSON object, not \"true\""),
+    ('"true"', 'a job is a JSON object, not "true"'),
     ("[1]", "not an array"),
     ("null", "not null"),
     ("true", "not true"),

@@ -433,6 +433,7 @@ BAD_JOBS = [
     (with_command("id", '"a\\u202eb"'), "cannot be printed"),
     (with_command("id", '"a\\u0000"'), '"id" contains a NUL'),
     (with_command("id", '"\\ud800"'), '"id" is not valid Unicode'),
+    (with_command("cwd", '""'), '"cwd" is empty'),
     (with_command("id", "7"), '"id" must be text, not 7'),
 ] + [
     (with_command(field, value), f'"{field}"' if value not in ("NaN", "Infinity") else value)
@@ -528,6 +529,7 @@ def test_no_help_is_named_where_it_would_be_anothers(queue: Queue) -> None:
 BAD_FILES = [
     (2, "line 2: not JSON: Expecting value, column 13", [], '{"command": "a"}\n{"command": }\n'),
     (2, "line 3: a job is a JSON object, not 7", [], '[{"command": "a"},\n\n7]'),
+    (2, "line 2: a job is a JSON object, not an array", [], '{"command": "a"}\n[{"command": "b"}]'),
     (2, 'line 2: not JSON: "," or "]" is missing', [], '[{"command": "a"}\n{"command": "b"}]'),
     (2, "something follows the array", [], '[{"command": "a"}] x'),
     (2, 'line 1: a job needs a "command"', [], "{}"),
