@@ -42,7 +42,7 @@ SHARE = 10  # ... but it rests ten times as long as it worked: a big queue makes
 REFRESH_S = 5.0  # without any change: the last hour goes on, and viewers hear that we are there
 LANES_S, LANE_RUNS, CHART_S, PAGE_JOBS = 900, 600, 1800, 50  # what the page shows at most ...
 PAGE_RUNS = 100  # ... and of one job
-REQUEST_S, SEND_S = 10.0, 10.0  # to read a whole request; to get rid of one piece of an answer
+REQUEST_S, SEND_S, SEARCH_S = 10.0, 10.0, 0.2  # to read a request, send a piece, find a text
 # At once (macOS lets a program open 256 files); then the oldest that has not asked yet must go.
 CONNECTIONS = 128
 BODY_BYTES, OUTPUT_BYTES = 2**20, 2**16
@@ -432,13 +432,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def found(self, look: Callable[[Any], Any]) -> None:
-        """Answer with what `look` finds or, with `as_of`, has found since that snapshot."""
+        """Answer with what `look` finds or, but for slow searches, has found since `as_of`."""
 
         def make() -> bytes:
             with opened(self.server.path) as db:
                 return as_json(look(db))
 
-        as_of = max(0, int(self.query.pop("as_of", 0)))
+        as_of = 0 if "text" in self.query else max(0, int(self.query.pop("as_of", 0)))
         request = f"{urlsplit(self.path).path} {sorted(self.query.items())}"
         answer = self.server.watcher.shared(request, as_of, make) if as_of else make()
         self.send(200, answer, "application/json")
@@ -448,10 +448,14 @@ class Handler(BaseHTTPRequestHandler):
         state, text, brief = (self.query.get(key, "") for key in ("state", "text", "brief"))
         if state not in ("", *database.STATES):
             raise ValueError(f'no state "{state}"; there are {", ".join(database.STATES)}')
-        before = max(0, min(int(self.query.get("before", 2**62)), 2**62))  # above every seq
+        rest = max(0, min(int(self.query.get("before", database.TOP)), database.TOP))
         limit = max(1, min(int(self.query.get("limit", PAGE_JOBS)), 4 * PAGE_JOBS))
-        rows, rest = database.jobs_page(db, state, text, before, limit, bool(brief))
-        return {"jobs": [as_object(row) for row in rows], "next": rest}
+        found, until = [], time.monotonic() + SEARCH_S
+        while True:
+            rows, rest = database.jobs_page(db, state, text, rest, limit - len(found), bool(brief))
+            found += [as_object(row) for row in rows]
+            if rest is None or len(found) == limit or time.monotonic() > until:
+                return {"jobs": found, "next": rest}
 
     def job(self, db: Any) -> dict[str, Any]:
         """Return a job object with its runs and its sentence; of an open run the output so far.

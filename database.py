@@ -913,6 +913,7 @@ def next_due_at(db: Connection) -> float | None:
 # small one, but for `oldest_ready_at`: a tenth of a second, as `counts` does.
 
 SEARCHED = 50_000  # jobs in which one page of a search looks for a text
+TOP = 2**53  # above every seq, and exact in JavaScript: the `before` of the first page
 BRIEF = """
     SELECT id, substr(command, 1, 300) AS command, priority, run_at, max_retries, state, attempts,
            exit_code, substr(last_error, 1, 300) AS last_error, worker, created_at, updated_at,
@@ -930,28 +931,23 @@ def jobs_page(
 ) -> tuple[list[Row], int | None]:
     """Return (jobs whose seq is below `before`, newest first; the next `before`, None at the end).
 
-    `state` and `text` (in the id or the command, in any case) may be "". Only the next SEARCHED
-    jobs are looked through for a text, so a short page may have a next one; but an id that begins
-    with it is found at once, however old, if the page has room. Brief: no output, long texts cut.
+    `state` and `text` (in the id or the command, in any case) may be "". The job whose id is the
+    text comes first, alone and however old. After it the next SEARCHED jobs are looked through for
+    the text, so there may be more behind a short page. Brief: no output, long texts cut.
     """
-    given = {"state": state, "text": text, "before": before, "limit": limit, "floor": 0}
+    given = {"state": state, "text": text, "before": before, "limit": limit, "floor": -1}
     where, order = "state = :state" if state else "1", "ORDER BY seq DESC LIMIT"
     window = f"{where} AND seq < :before AND seq > :floor"
-    if text:
+    if text and before >= TOP:
+        window, given["floor"] = f"id = :text AND +{where}", TOP - 2
+    elif text:
         edge = f"SELECT seq FROM jobs WHERE {window} {order} 1 OFFSET {SEARCHED}"
-        given["floor"] = (db.execute(edge, given).fetchone() or [0])[0]
-        window += """
+        given["floor"] = (db.execute(edge, given).fetchone() or [-1])[0]
+        window += """ AND id != :text
             AND (instr(lower(command), lower(:text)) OR instr(lower(id), lower(:text)))"""
     found = db.execute(f"SELECT seq FROM jobs WHERE {window} {order} :limit + 1", given)
     seqs = [row[0] for row in found]
-    searched = given["floor"] + 1 if given["floor"] else None
-    rest = seqs[limit - 1] if len(seqs) > limit else searched
-    if text:
-        named = f"""
-            SELECT seq FROM jobs WHERE id >= :text AND id < :text || char(1114111) AND +{where}
-            AND NOT EXISTS (SELECT 1 FROM jobs WHERE seq >= :before)  -- only on the first page
-            LIMIT :limit"""
-        seqs += [row[0] for row in db.execute(named, given)]
+    rest = seqs[limit - 1] if len(seqs) > limit else given["floor"] + 1 or None
     these = "seq IN (SELECT value FROM json_each(:seqs))"
     chosen = f"{BRIEF if brief else JOB} WHERE {these} {order} :limit"
     return db.execute(chosen, {"seqs": json.dumps(seqs), "limit": limit}).fetchall(), rest

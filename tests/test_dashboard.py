@@ -392,21 +392,78 @@ def test_a_search_looks_through_a_bounded_part_and_says_where_to_go_on(
     db = database.connect(queue.path)
 
     def pages(text: str, state: str = "") -> list[list[str]]:
-        found, before = [], 2**62
+        found, before = [], database.TOP
         while before:
             rows, before = database.jobs_page(db, state, text, before, 5)
             found.append([row["id"] for row in rows])
         return found
 
-    assert pages("eedle") == pages("eedle", "pending") == [[], [], ["needle"]]
-    found = pages("need")  # the beginning of an id is found at once, and again in its place
-    assert found == [["needle"], [], ["needle"]]
-    assert pages("need", "dead") == [[]]
+    assert pages("eedle") == pages("eedle", "pending") == [[], [], [], ["needle"]]
+    assert pages("needle") == [["needle"], [], [], []], "at once, and not again in its place"
+    assert pages("needle", "dead") == [[], []]
     for n in range(25):
         assert sum(map(len, pages(f"<{n}>"))) == 1, "no job falls between two pages"
     add(queue, *({"id": f"more{n}"} for n in range(4)))
     assert [len(page) for page in pages("")] == [5] * 6, "none is empty"
     db.close()
+
+
+def asked(server: dashboard.Server, path: str) -> dict[str, Any]:
+    """Return what a dashboard in this process answers to somebody who has the token."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.request("GET", path, headers={"Authorization": f"Bearer {server.token}"})
+    found = json.loads(connection.getresponse().read())
+    connection.close()
+    return found
+
+
+def test_the_server_looks_on_for_a_text_until_the_page_is_full_or_the_time_is_over(
+    server: dashboard.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pages(query: str) -> list[list[str]]:
+        found, path = [], f"/api/jobs?{query}"
+        while path:
+            page = asked(server, path)
+            found.append([job["id"] for job in page["jobs"]])
+            path = page["next"] and f"/api/jobs?{query}&before={page['next']}"
+        return found
+
+    monkeypatch.setattr(database, "SEARCHED", 10)
+    monkeypatch.setattr(dashboard, "SEARCH_S", 60)
+    olds = [f"needle{n}" for n in range(5)]
+    add(Queue(Path(server.path).parent), *({"id": id} for id in ["needle", *olds]), *[{}] * 44)
+    assert pages("text=eedle") == [[*reversed(olds), "needle"]]
+    full = [["needle", "needle4"], ["needle3", "needle2"], ["needle1", "needle0"]]
+    assert pages("text=needle&limit=2") == full, "each once"
+    assert pages("text=needle&limit=1") == [[id] for two in full for id in two]
+    monkeypatch.setattr(dashboard, "SEARCH_S", 0)
+    assert pages("text=edle4") == [[], [], [], [], [], ["needle4"]], "one part at a time, then"
+
+
+def test_a_slow_search_holds_up_nobody(
+    server: dashboard.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, begun, go = database.jobs_page, threading.Event(), threading.Event()
+
+    def slow(db: Any, state: str, text: str, *rest: Any) -> Any:
+        if text:
+            begun.set()
+            assert go.wait(DEADLINE_S)
+        return real(db, state, text, *rest)
+
+    monkeypatch.setattr(database, "jobs_page", slow)
+    server.watcher.version = 1
+    search = threading.Thread(target=asked, args=(server, "/api/jobs?text=x&as_of=1"))
+    search.start()
+    assert begun.wait(DEADLINE_S)
+    other = threading.Thread(target=asked, args=(server, "/api/jobs?as_of=1"))
+    other.start()
+    other.join(5)
+    held_up = other.is_alive()
+    go.set()
+    for thread in (search, other):
+        thread.join()
+    assert not held_up
 
 
 def test_a_running_job_shows_what_it_has_printed_so_far(window: Window) -> None:
@@ -776,7 +833,8 @@ def test_no_question_of_the_dashboard_reads_the_whole_queue(
     for state in ("", "dead"):
         for text in ("", "x"):
             for brief in (True, False):
-                database.jobs_page(db, state, text, 2**62, 50, brief)
+                database.jobs_page(db, state, text, database.TOP, 50, brief)
+                database.jobs_page(db, state, text, database.TOP - 1, 50, brief)
     db.set_trace_callback(None)
     statements = {text for text in asked if text.lstrip().startswith(("SELECT", "WITH"))}
     assert len(statements) > 10
