@@ -973,6 +973,24 @@ def test_lanes_link_the_retries_of_a_job_and_mark_a_crash(window: Window, tab: C
     assert page.text_content("#sentence").startswith("Dead after 3 runs")
 
 
+def test_an_open_run_is_drawn_at_most_twice_as_long_as_it_was_seen_to_run(
+    window: Window, tab: Callable
+) -> None:
+    page = tab()
+    drawn = r"""([age, ago]) => {  // how old it was at the last look, and how long ago that is
+        const run = { id: 1, job: "a", command: "true", attempt: 1, most: 1, worker: "w1" };
+        view.held = clock(); view.span = 5; seen.now = view.held - ago;
+        run.started_at = run.due_at = seen.now - age;
+        seen.runs.set(1, run); view.chosen = 1; draw();
+        const box = elements.get(1).firstChild.getBBox();
+        const toNow = $("grid").querySelector(".row").x2.baseVal.value - box.x - box.width;
+        return [toNow < 1, $("caption").textContent.match(/runs for ([.\d]+ m?s)/)[1]];
+    }"""
+    assert page.evaluate(drawn, [0.003, 0.7]) == [False, "6 ms"], "of a busy worker: it has ended"
+    assert page.evaluate(drawn, [9, 0.7]) == [True, "9.7 s"]
+    assert page.evaluate(drawn, [0.1, 4.5]) == [True, "4.6 s"], "no news: it runs still"
+
+
 def test_retry_from_the_dlq_runs_the_job(window: Window, tab: Callable) -> None:
     flag = window.queue.folder / "flag"
     add(window.queue, *({"id": id, "command": f"test -e {flag}"} for id in ("a", "b", "c")))
