@@ -1027,7 +1027,8 @@ def test_a_waiting_and_a_running_job_are_cancelled(window: Window, tab: Callable
 
 def test_what_a_job_contains_stays_text(window: Window, tab: Callable) -> None:
     evil = "<img src=x onerror=alert(1)>"
-    command = f"printf '</script><script>alert(2)</script>\\033[31mred\\0\\n'; echo '{evil}' >&2 #"
+    codes = r"\033[31mred\0\177\302\233\n"
+    command = f"printf '</script><script>alert(2)</script>{codes}'; echo '{evil}' >&2 #"
     add(window.queue, {"id": evil, "command": f"{command} {evil} \u202egpj"})
     add(window.queue, {"id": "../?a=b&c#d'\"%", "command": f"exit 1 # {evil}"})
     window.queue.drain()
@@ -1035,7 +1036,8 @@ def test_what_a_job_contains_stays_text(window: Window, tab: Callable) -> None:
     page.click(f"button[title={json.dumps(evil)}]")
     page.wait_for_selector("#job[open]")
     assert page.text_content("#job-id") == evil
-    assert page.text_content("#out") == "</script><script>alert(2)</script>\u241b[31mred\u2400\n"
+    said = r"</script><script>alert(2)</script>\x1b[31mred\x00\x7f\x9b"
+    assert page.text_content("#out") == said + "\n"
     assert page.text_content("#err") == evil + "\n"
     assert page.text_content("#command").endswith(evil + " \\u202egpj")
     page.keyboard.press("Escape")
@@ -1151,6 +1153,22 @@ def test_all_can_be_done_with_the_keyboard(window: Window, tab: Callable) -> Non
     focus = "document.activeElement.matches('#jobs .link') && document.activeElement.textContent"
     back = "focus comes back, though the row was made anew"
     eventually(lambda: page.evaluate(focus) == "a", back)
+
+
+def test_a_job_opened_by_its_row_gives_the_focus_to_the_rows_button(
+    window: Window, tab: Callable
+) -> None:
+    add(window.queue, {"id": "a"}, {"id": "b"})
+    page = tab()
+    page.set_viewport_size({"width": 375, "height": 700})
+    page.click("#jobs [data-id=a] code")
+    page.wait_for_selector("#job[open]")
+    said = page.locator("#history td")
+    assert said.text_content() == "It has not run."
+    assert said.bounding_box()["height"] < 30, "on one line"
+    page.keyboard.press("Escape")
+    focus = "document.activeElement.matches('#jobs .link') && document.activeElement.textContent"
+    eventually(lambda: page.evaluate(focus) == "a")
 
 
 def test_text_and_pages_are_the_servers_work(window: Window, tab: Callable) -> None:
