@@ -264,7 +264,7 @@ def test_a_bad_value_is_refused_and_its_field_is_named(field, value):
 
 def test_nan_is_refused_where_python_code_passes_it():
     for field in ("priority", "timeout", "backoff_base", "run_at"):
-        with pytest.raises(BadInput, match="NaN|nan"):
+        with pytest.raises(BadInput, match=r"NaN|nan"):
             check(**{field: math.nan})
 
 
