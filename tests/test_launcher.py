@@ -98,7 +98,7 @@ def test_a_stop_line_needs_no_command_but_known_places(queue):
     queue.run("config", "set", "launcher-stop", "scancel -n q-{id}-{attempt}", check=0)
     assert "has {job}" in queue.run("config", "set", "launcher_stop", "{job}", check=2).stderr
     queue.configure(launcher=3)
-    assert '"launcher" must be text, not a number' in queue.run("config", "list", check=1).stderr
+    assert '"launcher" must be text, not 3' in queue.run("config", "list", check=1).stderr
 
 
 @pytest.mark.parametrize(
