@@ -952,17 +952,16 @@ def session_members(session: int, seen: int = 0) -> list[int]:
     those given meanwhile are looked at, until there are no more. With `seen` only those since it.
     """
     members: list[int] = []
-    looks = 0
-    while not members:
+    for look in range(1000):  # there may be no end to the pids that a big machine gives
         newest = newest_pid()
-        if newest == seen and (newest or looks == 2):
+        if members or (newest == seen and (newest or look == 2)):
             break
         for pid in range(seen + 1, newest + 1) if 0 < seen < newest else all_pids():
             with suppress(ProcessLookupError, PermissionError):  # it has just gone; it is hidden
                 itself = pid == session == os.getpid()
                 if os.getsid(pid) == session and not itself and process_status(pid):
                     members.append(pid)
-        seen, looks = newest, looks + 1
+        seen = newest
     return members
 
 
