@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
 import config
@@ -128,7 +129,7 @@ class Supervisor:
         self.busy = self.told = False  # whether jobs of ours run; whether it was said that we leave
         self.looked_at = 0.0  # when we last looked
         self.beat_at = self.spawn_at = 0.0  # when the next heartbeat, the next fork may be
-        self.db, self.file, self.index = None, None, None  # the last two: as `file_key` has it
+        self.db, self.file, self.beside = None, None, {}  # its files as `file_key` has them
         self.patience_s = database.BUSY_TIMEOUT_S
         if count:  # for who has the lock may be a stopped worker, which we are to end
             self.patience_s = min(self.patience_s, settings["lock_timeout_s"])
@@ -245,17 +246,24 @@ class Supervisor:
         Raises QueueError if the file is gone, for connecting would make a new one, or is another:
         there the names of our workers and the numbers of our runs are somebody else's.
         """
-        file, index = file_key(self.path), os.path.realpath(self.path) + "-shm"
+        file, place = file_key(self.path), os.path.realpath(self.path)
         if file is None or self.file not in (None, file):
             self.fatal = f"{self.path} {'is gone' if file is None else 'was replaced'}: leaving"
             raise QueueError(self.fatal)
-        if self.db and self.index not in (None, file_key(index)):
-            # Its locks, too: who comes anew shares none with us. So nobody of ours may write on.
-            self.fatal, self.asked = f"{self.path}-shm was removed: leaving at once", 2
-            raise QueueError(self.fatal)
+        for end, known in self.beside.items() if self.db else ():
+            if known not in (None, file_key(place + end)):
+                self.fatal = f"{self.path}{end} was removed: leaving"
+                self.say("supervisor", self.pid, "trouble", self.fatal)
+                self.beside = {}  # what is in the -wal the last of us to close it puts in the file
+                if end == "-shm":  # in it are the locks: who comes anew shares none with us
+                    self.asked = 2
+                    self.disconnect()  # as long as others have the file open: so it is left alone
+                    push(chain(*map(session_members, self.children)), set(), hard=True)
+                break
         if self.db is None:
             self.db = database.connect(self.path, durable=False, patience_s=self.patience_s)
-            self.file, self.index = file, file_key(index)
+            self.file = file
+            self.beside = {end: file_key(place + end) for end in ("-shm", "-wal")}
         return self.db
 
     def disconnect(self) -> None:
@@ -372,12 +380,12 @@ class Supervisor:
             if heartbeat == row["heartbeat_at"] and silent > row["lock_timeout_s"]:
                 return "failed", f"worker lost: silent for {duration_text(silent)}", None
             return None  # its supervisor's to judge: it alone knows why it ended this worker
+        if max(row["stop"], self.stopping if mine else 0) > 1:
+            return *NOT_COUNTED, None
         gone = child.exitcode is not None if child else not is_alive(row)
         if gone:
             cause = f": {signal_text(child.exitcode)}" if child and child.exitcode < 0 else ""
             return "failed", f"worker lost{cause}", None
-        if max(row["stop"], self.stopping if mine else 0) > 1:
-            return *NOT_COUNTED, None
         if row["cancelling"]:
             return "cancelled", "cancelled", row["run"]
         running = row["run"] and row["exit_code"] is None
