@@ -327,7 +327,7 @@ def kept_token(path: str) -> str:
 
     So its open pages go on when it is started again, and Prometheus finds it (credentials_file).
     """
-    with suppress(OSError, ValueError), open(path) as file:
+    with suppress(OSError, ValueError), open(path, opener=database.safe_open) as file:
         if re.fullmatch(r"[\w-]{43}", token := file.read(100)):
             return token
     token = secrets.token_urlsafe(32)

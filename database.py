@@ -324,8 +324,10 @@ def unwritable(path: str) -> str:
     """Return which of a queue's files may not be written. A look at a queue that was read-only may
     have left others so beside it."""
     place = os.path.realpath(path)
-    names = [name for name in (place, place + "-wal", place + "-shm") if os.path.exists(name)]
-    return next((name for name in names if not os.access(name, os.W_OK)), os.path.dirname(place))
+    for end in ("", "-wal", "-shm"):
+        if os.path.exists(place + end) and not os.access(place + end, os.W_OK):
+            return place + end if end else "it"
+    return "its directory"
 
 
 def is_damage(text: str) -> bool:
@@ -378,10 +380,12 @@ def exposed(path: str, settings: str = "") -> str:
     """Say where others could write the queue (or the settings, for a launcher is a shell line), or
     replace it, and what mends that; else ""."""
     folder = run_directory(path)  # not beside the path itself, if that is a link
-    parents = {os.path.dirname(each) or "." for each in (path, folder, settings or path)}
+    files = path, folder, settings or path, os.path.realpath(settings or path)
+    parents = {os.path.dirname(each) or "." for each in files}
     own = own_group()
     for place in (path, folder, settings or path, *sorted(parents)):
-        with suppress(FileNotFoundError):  # not every queue has its run directory yet
+        # Not every queue has its run directory yet; and what we cannot reach we cannot use.
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             status = os.stat(place, follow_symlinks=place != folder)
             if place == folder and not stat.S_ISDIR(status.st_mode):
                 return f"{folder} is not a directory; remove it"
@@ -488,7 +492,7 @@ def enqueue(db: Connection, now: float) -> tuple[int, int]:
                 ).rowcount
                 return last + 1, last + count
             except sqlite3.IntegrityError as error:
-                if "UNIQUE" not in str(error):
+                if not str(error).endswith(("jobs.id", "jobs.seq")):
                     raise  # a hand has changed the schema, or used up the numbers
                 # The next 1, 2, 4 ... times as many numbers are left out.
                 jump = 2 * jump or db.execute("SELECT count(*) FROM incoming").fetchone()[0]
@@ -823,12 +827,12 @@ def job(db: Connection, seq: int) -> Row:
     return found
 
 
-def jobs(db: Connection, seqs: Iterable[int]) -> Iterator[Row]:
-    """Yield the jobs of these numbers that are still there, each by a query of its own: while one
-    is open the -wal only grows, and whoever reads what is printed (`| less`) may take all day."""
-    for seq in seqs:
-        with suppress(NoJob):
-            yield job(db, seq)
+def jobs(db: Connection, seqs: Sequence[int], order: str = "seq") -> Iterator[Row]:
+    """Yield the jobs of these numbers that are still there, read some at a time: while a query is
+    open the -wal only grows, and whoever reads what is printed (`| less`) may take all day."""
+    some = f"{JOB} WHERE seq IN (SELECT value FROM json_each(?)) ORDER BY {order}"
+    for start in range(0, len(seqs), 20):
+        yield from db.execute(some, (json.dumps([*seqs[start : start + 20]]),)).fetchall()
 
 
 def jobs_in(db: Connection, states: Sequence[str], limit: int) -> Iterator[Row]:
@@ -841,13 +845,15 @@ def jobs_in(db: Connection, states: Sequence[str], limit: int) -> Iterator[Row]:
 
 def ready_jobs(db: Connection, now: float, limit: int) -> Iterator[Row]:
     """Return what a worker could take now, in the order in which it would."""
+    order = "priority DESC, run_at, seq"
     # Each part by its own index; an OR would read all jobs.
     due = "SELECT seq FROM jobs WHERE due = 1 ORDER BY priority DESC, run_at, seq LIMIT :limit"
     come = "SELECT seq FROM jobs WHERE due = 0 AND run_at <= :now"
     query = f"""
         SELECT seq FROM jobs WHERE seq IN (SELECT * FROM ({due}) UNION ALL {come})
-        ORDER BY priority DESC, run_at, seq LIMIT :limit"""
-    return jobs(db, [seq for (seq,) in db.execute(query, {"now": now, "limit": limit})])
+        ORDER BY {order} LIMIT :limit"""
+    seqs = [seq for (seq,) in db.execute(query, {"now": now, "limit": limit})]
+    return (row for row in jobs(db, seqs, order) if row["state"] in ("pending", "failed"))
 
 
 def runs(db: Connection, seq: int) -> list[Row]:
@@ -1256,7 +1262,9 @@ def check(db: Connection) -> Iterator[tuple[str, str, str]]:
     with closing(sqlite3.connect(":memory:")) as new:
         for statement in SCHEMA:
             new.execute(statement)
-        changed = {name for _, name, *_ in shape(new) ^ shape(db)}
+        known, there = shape(new), shape(db)
+    odd = {row for row in there - known if row[0] == "trigger" or row[1] in TABLES}
+    changed = {name for _, name, *_ in known - there | odd}
     cause = "a hand in the file: `connect` has refused or brought up every other version"
     yield f"its schema is version {VERSION}, unchanged", ", ".join(sorted(changed)), cause
     odd = "".join(found(odd_values(db, table), f" in {table}: ") for table in TABLES).strip()
@@ -1268,12 +1276,11 @@ def check(db: Connection) -> Iterator[tuple[str, str, str]]:
 
 def shape(db: Connection) -> set[tuple[str, ...]]:
     """Return what a database is made of: (table or index, its name, a column of it, its type)."""
-    columns = "SELECT m.type, m.name, c.name, c.type FROM sqlite_master AS m"
-    ours = "WHERE m.name NOT LIKE 'sqlite%'"  # ANALYZE, for one, makes tables for SQLite itself
-    return {
-        tuple(row)
-        for row in db.execute(f"{columns} LEFT JOIN pragma_table_info(m.name) AS c {ours}")
-    }
+    query = """
+        SELECT m.type, m.name, c.name, c.type
+        FROM sqlite_master AS m LEFT JOIN pragma_table_info(m.name) AS c
+        WHERE m.type != 'view'  -- it may name what is not there"""
+    return {tuple(row) for row in db.execute(query)}
 
 
 def odd_values(db: Connection, table: str) -> str:

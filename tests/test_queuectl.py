@@ -370,6 +370,11 @@ def test_doctor_looks_at_the_settings_too(tmp_path: Path) -> None:
     assert problem.startswith(f'{queue.config}: "max_retries" must be a whole number, not "many"; ')
 
 
+def test_doctor_prints_its_document_whatever_the_path(tmp_path: Path) -> None:
+    done = Queue(tmp_path).run("--db", "/etc/passwd/x", "doctor", "--json", check=1)
+    assert json.loads(done.stdout)["ok"] is False
+
+
 def test_an_older_python_is_refused_in_a_sentence() -> None:
     program = "import sys; sys.version_info = (3, 9, 18); import queuectl"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

@@ -977,6 +977,17 @@ def test_others_could_write_commands_into_the_queue(queue: Queue, name: str, mod
     queue.run("doctor", check=0)
 
 
+def test_others_could_replace_the_settings_that_a_link_leads_to(queue: Queue) -> None:
+    elsewhere = queue.folder / "elsewhere"
+    elsewhere.mkdir()
+    elsewhere.chmod(0o777)
+    (elsewhere / "config.json").write_text("{}")
+    Path(queue.config).unlink()
+    Path(queue.config).symlink_to(elsewhere / "config.json")
+    refused = queue.run("worker", "start", "--drain", check=1)
+    assert refused.stderr == f"Error: others can write {elsewhere}; chmod go-w {elsewhere}\n"
+
+
 def test_where_processes_cannot_be_seen_no_worker_is_started(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1148,30 +1159,40 @@ def test_the_queue_is_removed_under_its_workers_and_they_leave(queue: Queue) -> 
         path.unlink()  # of workers of a queue that is no more
 
 
-def test_the_index_of_the_log_is_removed_and_the_workers_write_no_more(queue: Queue) -> None:
-    """Its locks are in it: what the others write meanwhile would be overwritten, unread."""
-    queue.configure(backoff_base=0, backoff_jitter=0)
+@pytest.mark.parametrize("end", ["-shm", "-wal"])
+def test_a_file_of_the_queue_is_removed_and_its_workers_leave(queue: Queue, end: str) -> None:
+    """In -shm are the locks: what the others write would be overwritten, unread. In -wal is what
+    was written: no new connection finds it, but those that are there save it as they close."""
+    queue.configure(max_retries=0)
     enqueue(queue, "a", UNTIL_GO)
+    enqueue(queue, "b", "true")
     process = queue.start()
     begun(queue)
-    [session], index = queue.sessions, queue.folder / "queue.db-shm"
+    [session], removed = queue.sessions, queue.folder / f"queue.db{end}"
 
     def is_connected() -> bool:  # once more, after each fork
         for handle in Path(f"/proc/{process.pid}/fd").iterdir():
             with suppress(FileNotFoundError):
-                if handle.samefile(index):
+                if handle.samefile(removed):
                     return True
         return False
 
     eventually(is_connected)
-    index.unlink()
-    enqueue(queue, "b", "true")
+    removed.unlink()
+    if end == "-shm":
+        enqueue(queue, "c", "true")
+    else:
+        eventually(lambda: "was removed" in process.log.read_text())
+        go(queue)
     assert process.wait(timeout=DEADLINE_S) == 1
-    assert "queue.db-shm was removed: leaving at once" in process.log.read_text()
+    assert f"queue.db{end} was removed: leaving" in process.log.read_text()
     assert worker.session_members(session) == []
     go(queue)
     queue.drain()
-    assert queue.states()["completed"] == 2
+    assert {job["id"] for job in queue.json("list")} == {"a", "b"} | (
+        {"c"} if end == "-shm" else set()
+    )
+    assert queue.states()["completed"] == queue.states()["total"]
 
 
 def test_who_slept_while_the_queue_was_replaced_leaves_the_new_ones_workers_alone(
@@ -1205,7 +1226,9 @@ def test_a_backup_takes_the_queues_place_and_its_workers_do_not_work_on_for_the_
         os.unlink(queue.path + end)
     os.replace(queue.path + ".new", queue.path)
     assert process.wait(timeout=DEADLINE_S) == 1
-    assert re.search("queue.db( was replaced|-shm was removed): leaving", process.log.read_text())
+    assert re.search(
+        "queue.db( was replaced|-(shm|wal) was removed): leaving", process.log.read_text()
+    )
     enqueue(queue, "a", "true")
     queue.drain()
     assert queue.state("a") == "completed"
