@@ -389,9 +389,11 @@ def exposed(path: str, settings: str = "") -> str:
             status = os.stat(place, follow_symlinks=place != folder)
             if place == folder and not stat.S_ISDIR(status.st_mode):
                 return f"{folder} is not a directory; remove it"
-            # Others cannot replace our files in a sticky directory (/tmp). A group that is our own
-            # is let in, but to the queue: where each user has one, umask 002 makes all files so.
+            # Others cannot replace our files in a sticky directory (/tmp), nor where nobody can
+            # (settings on a read-only mount). A group that is our own is let in, but to the queue:
+            # where each user has one, umask 002 makes all files so.
             sticky = place in parents and status.st_mode & stat.S_ISVTX
+            sticky |= os.statvfs(place).f_flag & os.ST_RDONLY
             bits = 0o002 if place not in (path, folder) and status.st_gid == own else 0o022
             if status.st_mode & bits and not sticky:
                 return f"others can write {place}; chmod go-w {place}"

@@ -820,6 +820,16 @@ def test_a_hand_in_the_file_keeps_jobs_out_and_enqueue_does_not_try_for_ever(db,
     db.execute("ROLLBACK TO before")
 
 
+def test_what_nobody_can_write_is_not_exposed(path, monkeypatch):
+    """Settings on a read-only mount are mostly in a directory of mode 0777."""
+    folder = os.path.dirname(path)
+    os.chmod(folder, 0o777)
+    assert database.exposed(path) == f"others can write {folder}; chmod go-w {folder}"
+    readonly = SimpleNamespace(f_flag=os.ST_RDONLY | os.ST_NOSUID)
+    monkeypatch.setattr(os, "statvfs", lambda _: readonly)
+    assert database.exposed(path) == ""
+
+
 @pytest.mark.parametrize("left", ["", "-wal", "-shm"])
 def test_what_is_read_only_is_named(db, path, left, monkeypatch):
     """A look at a queue that was read-only leaves files beside it that are so, too."""
