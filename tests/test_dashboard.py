@@ -789,8 +789,8 @@ def test_a_run_that_began_long_before_the_first_look_is_counted_when_it_ends(
     db, now, meter = database.connect(queue.path), time.time(), dashboard.Meter()
     supervisor = database.register_supervisor(db, "elsewhere", "boot", 1, "birth", now, 30)
     slow, quick = (database.register_worker(db, supervisor, 1, "birth", now) for _ in range(2))
-    held, _ = database.claim(db, slow, now, time.monotonic)
-    while run := database.claim(db, quick, now, time.monotonic)[0]:
+    held, _ = database.claim(db, slow, now, lambda: 0.0)
+    while run := database.claim(db, quick, now, lambda: 0.0)[0]:
         database.finish(db, run, database.Result("completed"), now, 0, 0)
     meter.read(db)
     assert meter.ended == {"completed": 1}, "of the past only RECENT_RUNS"
