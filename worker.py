@@ -14,7 +14,6 @@ makes. A worker is disposable: to end a run its session is ended, the worker wit
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import random
@@ -590,6 +589,7 @@ class Desk:
         self.say = lambda verb, text: say(name, os.getpid(), verb, text)
         self.outputs = [new_output(output) for output in output_paths(path, name)]
         self.nothing = os.open(os.devnull, os.O_RDWR)  # what every job reads
+        self.environment = dict(os.environb)
         self.flooded = False  # the supervisor may be cutting a file: it must not hit the next run
         # For writing too: else, once its last writer has closed it, it reads as ended for ever.
         self.bell = database.open_bell(path, os.O_RDWR)
@@ -747,12 +747,11 @@ def execute(desk: Desk, run: Run) -> tuple[int | None, str | None]:
     # The directory may be only where the launcher goes, if the launcher is told of it.
     elsewhere = run.line and "{cwd}" in desk.settings["launcher"] and not os.path.isdir(run.cwd)
     # As bytes: text would be encoded by the locale, which may not know its characters.
-    put_environment(b"QUEUECTL_JOB_ID", run.job.encode())
-    put_environment(b"QUEUECTL_ATTEMPT", b"%d" % run.attempt)
+    own = {b"QUEUECTL_JOB_ID": run.job.encode(), b"QUEUECTL_ATTEMPT": b"%d" % run.attempt}
     try:
         words, (out, err) = [b"/bin/sh", b"-c", (run.line or run.command).encode()], desk.outputs
-        cwd = b"/" if elsewhere else run.cwd.encode()
-        done = subprocess.run(words, stdin=desk.nothing, stdout=out, stderr=err, cwd=cwd)
+        place = dict(cwd=b"/" if elsewhere else run.cwd.encode(), env=desk.environment | own)
+        done = subprocess.run(words, stdin=desk.nothing, stdout=out, stderr=err, **place)
         return done.returncode, None
     except (OSError, ValueError) as problem:  # cwd gone, command too long, no more processes
         where = getattr(problem, "filename", None)
@@ -888,6 +887,8 @@ def runs_so_far(db: Any, path: str, seq: int, limit: int) -> list[dict[str, Any]
 
 def bound_output(path: str, worker: str, limit: int) -> None:
     """Cut output files that outgrow their bound, so that a runaway job cannot fill the disk."""
+    import ctypes
+
     for output in output_paths(path, worker):
         with suppress(OSError), open(output, "r+b", 0, opener=database.safe_open) as file:
             status = os.fstat(file.fileno())
@@ -965,19 +966,6 @@ def all_pids() -> Iterable[int]:
     linux = sys.platform == "linux"
     names = os.listdir("/proc") if linux else ask("ps", "-axo", "pid=").split()
     return [int(name) for name in names if name.isdigit()]
-
-
-def put_environment(name: bytes, value: bytes) -> None:
-    """Set a variable of our environment in place. Of what os.environ is given the C library keeps
-    each value for ever: a worker would grow with every job."""
-    variable(name).value = name + b"=" + value
-
-
-@lru_cache  # for the C library goes on using it
-def variable(name: bytes) -> Any:
-    text = ctypes.create_string_buffer(name + b"=", 1024)  # an id has at most 512 bytes
-    ctypes.CDLL(None).putenv(text)
-    return text
 
 
 def has_left(newest: int, began: float) -> bool:

@@ -176,21 +176,6 @@ def test_a_job_finds_the_surroundings_it_was_promised(queue: Queue) -> None:
     assert queue.job("odd bytes")["last_error"] == "exit code 1: \ufffd"
 
 
-def test_a_worker_does_not_grow_with_each_job() -> None:
-    """The C library keeps every value that setenv(3) was ever given: some 70 bytes a job."""
-    program = """
-import worker
-def pages_after(first, last):
-    for number in range(first, last):
-        worker.put_environment(b"QUEUECTL_JOB_ID", b"%08d" % number)
-    return int(open("/proc/self/statm").read().split()[1])
-grown = -pages_after(0, 1000) + pages_after(1000, 200_000)
-print(grown, worker.subprocess.getoutput("echo $QUEUECTL_JOB_ID"))"""
-    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    grown, last = said.stdout.split()
-    assert (int(grown) < 500, last) == (True, "00199999"), said  # pages; with setenv(3) 3,000
-
-
 def test_a_terminal_is_there_and_jobs_have_none_of_it(queue: Queue) -> None:
     """Ctrl+C typed there reaches the supervisor alone; the job finishes."""
     enqueue(queue, "a", f"if (: < /dev/tty) 2> /dev/null; then echo tty; fi; {UNTIL_GO}")
