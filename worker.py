@@ -244,25 +244,30 @@ class Supervisor:
         Raises QueueError if the file is gone, for connecting would make a new one, or is another:
         there the names of our workers and the numbers of our runs are somebody else's.
         """
-        file, place = file_key(self.path), os.path.realpath(self.path)
+        file = file_key(self.path)
         if file is None or self.file not in (None, file):
             self.fatal = f"{self.path} {'is gone' if file is None else 'was replaced'}: leaving"
             raise QueueError(self.fatal)
-        for end, known in self.beside.items() if self.db else ():
-            if known not in (None, file_key(place + end)):
-                self.fatal = f"{self.path}{end} was removed: leaving"
+        if self.db is not None:
+            self.notice_removal()
+        if self.db is None:
+            self.db = database.connect(self.path, durable=False, patience_s=self.patience_s)
+            self.file, place = file, os.path.realpath(self.path)
+            self.beside = {place + end: file_key(place + end) for end in ("-shm", "-wal")}
+        return self.db
+
+    def notice_removal(self) -> None:
+        """Leave if a file that SQLite keeps beside the queue was removed, at once if need be."""
+        for name, known in self.beside.items():
+            if known not in (None, file_key(name)):
+                self.fatal = f"{name} was removed: leaving"
                 self.say("supervisor", self.pid, "trouble", self.fatal)
                 self.beside = {}  # what is in the -wal the last of us to close it puts in the file
-                if end == "-shm":  # in it are the locks: who comes anew shares none with us
+                if name.endswith("-shm"):  # in it are the locks: who comes anew shares none with us
                     self.asked = 2
                     self.disconnect()  # as long as others have the file open: so it is left alone
                     push(chain(*map(session_members, self.children)), set(), hard=True)
-                break
-        if self.db is None:
-            self.db = database.connect(self.path, durable=False, patience_s=self.patience_s)
-            self.file = file
-            self.beside = {end: file_key(place + end) for end in ("-shm", "-wal")}
-        return self.db
+                return
 
     def disconnect(self) -> None:
         """Close the connection; `queue` opens the next one."""
