@@ -93,7 +93,7 @@ class FarEnd:
             send(-self.child.pid if self.leader else self.child.pid, signal.SIGKILL)
         if code:
             self.tries, self.child = self.tries + 1, None
-            pause = min(STOP_PAUSE_S, 0.25 * 2**self.tries)
+            pause = min(STOP_PAUSE_S, 0.25 * 2 ** min(self.tries, 8))
             self.due = mono + pause
             how = f"{why or signal_text(code)}, next try in {duration_text(pause)}"
             told = f"{self.run.job} may still run elsewhere: its stop line has failed"

@@ -446,6 +446,9 @@ def test_tries_come_less_often_and_never_end(tmp_path):
         assert not far.reached(now + pause - 0.01) and far.child is None
         now += pause
     assert (tmp_path / "tries").read_text().count("try") == 11
+    far.tries = 2000  # a day and a half later: 2.0 ** 2000 is more than a float can hold
+    eventually(lambda: far.reached(now) or len(said) == 12, "a try")
+    assert "next try in 1 min 0 s" in said[-1]
 
 
 def test_a_stop_line_that_fails_is_refused_also_where_sigchld_was_inherited_as_ignored(queue):
