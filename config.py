@@ -293,7 +293,7 @@ UNSET = dict.fromkeys(FIELDS) | {"priority": 0}
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON, refusing a repeated key (of two values, which one was meant?) and NaN."""
+    """Parse JSON, refusing a repeated key: of two values, which one was meant?"""
     try:
         return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
@@ -349,11 +349,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no number")
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def parse_number(text: str, name: str) -> float:
