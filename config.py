@@ -200,7 +200,7 @@ def check_job(given: Any, settings: dict[str, Any], cwd: str) -> dict[str, Any]:
     if job["command"] is None:
         raise BadInput('a job needs a "command"')
     if "cwd" in given:
-        job["cwd"] = os.path.join(cwd, os.path.expanduser(job["cwd"]))
+        job["cwd"] = check_text("cwd", os.path.join(cwd, os.path.expanduser(job["cwd"])))
     return job
 
 

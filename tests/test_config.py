@@ -283,6 +283,9 @@ def test_a_relative_directory_is_beside_the_caller_and_the_tilde_is_home(monkeyp
     monkeypatch.setenv("HOME", "/home/me")
     for given_, found in (("sub/a", "/here/sub/a"), ("/abs", "/abs"), ("~/b", "/home/me/b")):
         assert check(cwd=given_)["cwd"] == found
+    monkeypatch.setenv("HOME", os.fsdecode(b"/home/\xff"))
+    with pytest.raises(BadInput, match=r"^.cwd. is not valid Unicode"):
+        check(cwd="~/x")
 
 
 FORMS_OF_NOON = """2030-01-31T12:00:00Z, 2030-01-31T12:00:00z, 2030-01-31T12:00:00.000Z,
