@@ -353,11 +353,9 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def parse_number(text: str, name: str) -> float:
-    """Return an int or a float; only what JSON or a shell would call one, so no 1_000."""
-    if "_" not in text and text.isascii():
-        for kind in (int, float):
-            with suppress(ValueError):
-                return kind(text)
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
     raise BadInput(f'{name}: "{text}" is not a number')
 
 
