@@ -418,8 +418,7 @@ class Supervisor:
             send(row["pid"], signal.SIGKILL)
         left = session_members(row["pid"])
         hard = mono >= ending.kill_at or self.stopping > 2
-        others = [pid for pid in left if pid != row["pid"]]
-        push(others, ending.asked, hard, partial(self.say, row["worker"], row["pid"]))
+        push(left, ending.asked, hard, partial(self.say, row["worker"], row["pid"]))
         if hard and left:
             ending.last_signal = signal.SIGKILL
         return not left
