@@ -375,8 +375,7 @@ class Supervisor:
         stopped = self.stopped_for(row["pid"], mono)
         # It may have the lock, without which no heartbeat comes: so none is waited for.
         if not watched and stopped > row["lock_timeout_s"] and is_alive(row):
-            if not works_elsewhere(row["pid"], self.path):
-                return "failed", f"worker lost: silent for {duration_text(stopped)}", None
+            return "failed", f"worker lost: silent for {duration_text(stopped)}", None
         # What another container or host does, only its supervisor's heartbeat tells.
         if others or is_hidden(row):
             heartbeat, silent = self.silences.get(row["supervisor"], (None, 0.0))
