@@ -756,10 +756,9 @@ def execute(desk: Desk, run: Run) -> tuple[int | None, str | None]:
         place = dict(cwd=b"/" if elsewhere else run.cwd.encode(), env=desk.environment | own)
         done = subprocess.run(words, stdin=desk.nothing, stdout=out, stderr=err, **place)
         return done.returncode, None
-    except (OSError, ValueError) as problem:  # cwd gone, command too long, no more processes
-        where = getattr(problem, "filename", None)
-        told = getattr(problem, "strerror", None) or str(problem)
-        return None, f"cannot be started: {told}" + (f": {os.fsdecode(where)}" if where else "")
+    except OSError as problem:  # cwd gone, command too long, no more processes
+        where = f": {os.fsdecode(problem.filename)}" if problem.filename else ""
+        return None, f"cannot be started: {problem.strerror}{where}"
 
 
 def end_leftovers(desk: Desk) -> None:
