@@ -826,7 +826,7 @@ def make_run_directory(path: str) -> None:
         if owner != os.geteuid():
             raise QueueError(f"{place} belongs to another user (uid {owner})")
     # There already; or there are no FIFOs here, and polling alone serves.
-    with suppress(OSError, AttributeError):
+    with suppress(OSError):
         os.mkfifo(os.path.join(folder, "bell"), 0o600)
 
 
@@ -974,9 +974,9 @@ def has_left(newest: int, began: float) -> bool:
     """Say whether a run has left something in our session. `newest`: the newest pid as it began.
 
     To look at all processes takes a tenth of a short run. So after one only those are looked at
-    whose pids were given meanwhile; later on, or after that many, the pids may have gone round.
+    whose pids were given meanwhile; later on the pids may have gone round.
     """
-    short = time.monotonic() <= began + SHORT_S and newest < newest_pid() < newest + 100
+    short = time.monotonic() <= began + SHORT_S and newest < newest_pid()
     return bool(session_members(os.getpid(), newest if short else 0))
 
 
