@@ -39,6 +39,7 @@ Say = Callable[[str, int, str, str], None]  # (who, pid, verb, the rest of the l
 BUSY_TICK_S = 0.1  # between two looks while a run is known: how late its timeout is noticed
 IDLE_TICK_S = 0.5  # and while none is
 SHORT_S = 0.03  # in so short a run no machine gives all its pids, 32,768 or more, once round
+HANG_S = 5.0  # after SIGKILL: then a process that is still there is named
 STOP_LIMIT_S = 30.0  # for each try of a stop line
 STOP_PAUSE_S = 60.0  # the longest between two tries
 OUTPUT_BOUND = 16 * 2**20  # bytes on disk of an output file, beyond the end of it that is kept
@@ -61,7 +62,7 @@ class Ending:
         self.run = run  # the run that this is about; None: whichever the worker holds
         self.kill_at = kill_at  # when, on the monotonic clock, asking turns into SIGKILL
         self.asked: set[int] = set()
-        self.last_signal = signal.SIGTERM
+        self.last_signal, self.told = signal.SIGTERM, False
         self.far: FarEnd | None = None  # once nothing is left here
 
 
@@ -420,6 +421,10 @@ class Supervisor:
         push(left, ending.asked, hard, partial(self.say, row["worker"], row["pid"]))
         if hard and left:
             ending.last_signal = signal.SIGKILL
+        if left and not ending.told and mono > ending.kill_at + HANG_S:
+            ending.told = True
+            told = f"process {left[0]} does not end: a disk or a network that hangs?"
+            self.say(row["worker"], row["pid"], "waits", told)
         return not left
 
     def ended_afar(self, db: Any, ending: Ending, mono: float) -> bool:
@@ -514,6 +519,8 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
         if any(is_alive(row) and row["pid"] == os.getsid(0) for row in rows):
             raise QueueError("this is a job of these workers: it would wait for itself")
         asked = database.ask_to_stop(settler.queue(), 2 if now else 1)
+        for row in filter(is_alive, database.supervisors(settler.queue())):
+            send(row["pid"], signal.SIGCONT)  # stopped (Ctrl+Z) it would not hear us
         if timeout_s is not None:
             settler.disconnect()
             settler.patience_s = 1  # for each look from now on

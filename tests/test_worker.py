@@ -514,6 +514,13 @@ def test_worker_stop_waits_no_longer_than_it_may_for_somebodys_lock(queue: Queue
             other.close()
 
 
+def test_stop_is_heard_by_a_supervisor_that_was_stopped(queue: Queue) -> None:
+    """By Ctrl+Z, which its workers do not see."""
+    process = queue.start()
+    os.kill(process.pid, signal.SIGSTOP)
+    assert queue.run("worker", "stop", check=0).stdout == "1 worker stopped\n"
+
+
 def test_all_workers_of_all_supervisors_are_stopped_at_once(queue: Queue) -> None:
     enqueue(queue, "a", UNTIL_GO)
     supervisors = [queue.start(), queue.start(count=2)]
@@ -775,10 +782,13 @@ def test_a_process_may_not_be_signalled_and_is_waited_for(
         patched.setattr(worker, "send", lambda *_: False)
         for mono in range(5):
             looks.tick(db, time.time(), mono)
-    assert (queue.state("a"), told) == ("processing", ["waits"])
-    looks.tick(db, time.time(), 6)
+        assert (queue.state("a"), told) == ("processing", ["waits"])
+        for mono in range(5, 20):  # after five seconds of grace and five more: it does not end
+            looks.tick(db, time.time(), mono)
+    assert (queue.state("a"), told) == ("processing", ["waits", "waits"])
+    looks.tick(db, time.time(), 20)
     eventually(lambda: worker.process_birth(child) is None)
-    looks.tick(db, time.time(), 7)
+    looks.tick(db, time.time(), 21)
     db.close()
     assert queue.state("a") == "failed"
 
