@@ -692,7 +692,6 @@ def prune(
     """
     # A power cut may bring some back: that is no reason to wait for the disk each time.
     db.execute("PRAGMA synchronous = NORMAL")
-    db.execute("PRAGMA wal_autocheckpoint = 1000")  # ours to do, before it falls on a worker
     wanted = json.dumps([state for state in states if state in SETTLED])
     # "+": walk by seq; the index on state would collect and sort a whole state each time.
     old = "finished_at < :before AND +state IN (SELECT value FROM json_each(:wanted))"
