@@ -201,8 +201,7 @@ def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S)
         if identity(db) != (APPLICATION_ID, VERSION):
             migrate(db, path)
         elif not durable:  # once for each worker: VACUUM INTO, for one, makes copies without it
-            with patience(db, 0):  # to wait for who reads one would keep out others who read
-                use_wal(db)
+            use_wal(db)
     except BaseException as error:
         db.close()
         if isinstance(error, (sqlite3.Error, UnicodeError)):  # of a message that quotes damage
@@ -302,17 +301,10 @@ def transaction(db: Connection) -> Iterator[None]:
 def empty_log(db: Connection) -> bool:
     """Give the room that the -wal takes back to the disk; but if somebody is reading all the while,
     not now: to wait for that keeps out all who write."""
-    with patience(db, 1000):
-        return not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-
-
-@contextmanager
-def patience(db: Connection, wait_ms: int) -> Iterator[None]:
-    """Wait for locks no longer than this meanwhile."""
     before = db.execute("PRAGMA busy_timeout").fetchone()[0]
-    db.execute(f"PRAGMA busy_timeout = {wait_ms}")
+    db.execute("PRAGMA busy_timeout = 1000")
     try:
-        yield
+        return not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
     finally:
         db.execute(f"PRAGMA busy_timeout = {before}")
 
