@@ -190,8 +190,7 @@ def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S)
         db.text_factory = lambda data: data.decode(errors="replace")  # bytes may have been flipped
         db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         # On macOS a sync stops at the drive's cache, unless it is told not to.
-        db.execute(f"PRAGMA fullfsync = {int(durable)}")
-        db.execute("PRAGMA checkpoint_fullfsync = 1")  # and what was synced leaves the -wal then
+        db.execute("PRAGMA fullfsync = 1")
         # Pages. Each checkpoint stops us for some 10 ms; but on a small disk the -wal must not take
         # the room that the file itself needs to grow, without which it could never be emptied.
         free = os.statvfs(os.path.dirname(os.path.realpath(path)))
