@@ -111,8 +111,6 @@ def complain(message: str, code: int) -> int:
 
 def clean(text: str, keep: str = "") -> str:
     """Return text in which nothing can steer the terminal: such characters are shown instead."""
-    if text.isprintable():  # most are; and UNSAFE is compiled when first needed: it takes 1 ms
-        return text
     return re.sub(UNSAFE, lambda m: m[0] if m[0] in keep else repr(m[0])[1:-1], text)
 
 
