@@ -726,13 +726,12 @@ def register_supervisor(
 
 def register_worker(db: Connection, supervisor: int, pid: int, birth: str, now: float) -> str:
     """Return the new worker's name, never used before in this queue: w1, w2, ..."""
-    with transaction(db):  # in turn: many begin at once
-        added = db.execute(
-            """
-            INSERT INTO workers (supervisor, pid, birth, started_at)
-            SELECT id, :pid, :birth, :now FROM supervisors WHERE id = :supervisor""",
-            {"supervisor": supervisor, "pid": pid, "birth": birth, "now": now},
-        )
+    added = db.execute(
+        """
+        INSERT INTO workers (supervisor, pid, birth, started_at)
+        SELECT id, :pid, :birth, :now FROM supervisors WHERE id = :supervisor""",
+        {"supervisor": supervisor, "pid": pid, "birth": birth, "now": now},
+    )
     if added.rowcount != 1:  # gone, and forgotten by another: nobody would know of this worker
         raise QueueError("the supervisor of this worker is gone")
     return f"w{added.lastrowid}"
