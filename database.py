@@ -442,13 +442,10 @@ def gather(db: Connection, jobs: Iterable[tuple[int, dict[str, Any]]]) -> None:
     db.execute("DROP TABLE IF EXISTS temp.incoming")
     db.execute(f"CREATE TEMP TABLE incoming (number INTEGER PRIMARY KEY, line, {INPUT})")
     db.execute("BEGIN")  # of the temporary table alone: nobody waits for it
-    try:
-        marks = ", ".join("?" * (2 + INPUT.count(",")))
-        rows = ((line, *row(job)) for line, job in jobs)
-        db.executemany(f"INSERT INTO incoming (line, {INPUT}) VALUES ({marks})", rows)
-    finally:
-        if db.in_transaction:  # SQLite has rolled back by itself if there was no room
-            db.execute("COMMIT")
+    marks = ", ".join("?" * (2 + INPUT.count(",")))
+    rows = ((line, *row(job)) for line, job in jobs)
+    db.executemany(f"INSERT INTO incoming (line, {INPUT}) VALUES ({marks})", rows)
+    db.execute("COMMIT")
     twice = "WHERE id NOTNULL GROUP BY id HAVING count(*) > 1 ORDER BY 1"
     for line, job_id in db.execute(f"SELECT max(line), id FROM incoming {twice}"):
         raise QueueError(f'line {line}: the id "{job_id}" is used twice')
