@@ -697,12 +697,9 @@ def configure(place: Place, words: tuple[str, ...], as_json: bool) -> None:
 def prune(place: Place, older_than: float, states: tuple, dry_run: bool, vacuum: bool) -> None:
     """Remove settled jobs and their history. Dead ones only if --state names them."""
     place.hands.take_turns(place.path)
-    count, before, began = 0, time.time() - older_than, time.monotonic()
+    count, before = 0, time.time() - older_than
     for removed in database.prune(place.db, states or ("completed", "cancelled"), before, dry_run):
         count += removed
-        if not dry_run:  # who is not in the workers' queue needs a moment with the lock free
-            time.sleep(min(0.1, (time.monotonic() - began) / 2))
-        began = time.monotonic()
     click.echo(f"{plural(count, 'job')} {'would be ' if dry_run else ''}removed")
     if vacuum and not dry_run and not database.vacuum(place.db):
         click.echo("the file shrinks later: somebody is reading it", err=True)
