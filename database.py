@@ -344,7 +344,7 @@ def error_text(error: Exception, path: str) -> str:
         ("not a database", "is not a queue: not a SQLite database; use another --db"),
         ("malformed", "is damaged; `doctor` tells more; restore it from a copy"),
         ("codec", "is damaged: its schema is no text; restore it from a copy"),
-        ("is full", "the disk is full: nothing was changed; make room and try again"),
+        ("is full", "the disk is full (or TMPDIR): nothing was changed; make room and try again"),
         ("readonly", f"{unwritable(path)} is read-only: nothing was changed; make it writable"),
         ("I/O", "cannot be read or written (disk I/O error); is the disk full, or broken?"),
         ("unable to open", "cannot be opened; is its directory there, and may you write both?"),

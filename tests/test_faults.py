@@ -104,7 +104,7 @@ def test_the_disk_is_full_and_enqueue_acknowledges_only_what_it_kept(small: Queu
         else:
             refused += 1
             one_line(done)
-            assert done.returncode == 1 and "the disk is full: nothing was changed" in done.stderr
+            assert done.returncode == 1 and "the disk is full (or TMPDIR)" in done.stderr
     many = small.run("enqueue", "--file", "-", "--lines", stdin=f": {'x' * 9000}\n" * 100, check=1)
     one_line(many)
     assert len(kept) >= 3
