@@ -456,6 +456,12 @@ def test_prune_removes_old_settled_jobs_with_their_history_and_nothing_else(db):
         database.job(db, old["dead"])
 
 
+def test_prune_keeps_to_the_log_that_the_disk_bears(db):
+    before = db.execute("PRAGMA wal_autocheckpoint").fetchone()[0]
+    assert list(database.prune(db, database.SETTLED, NOW)) == []
+    assert db.execute("PRAGMA wal_autocheckpoint").fetchone()[0] == before
+
+
 def test_prune_goes_by_small_steps(db):
     add(db, *[{}] * 501)
     db.execute("UPDATE jobs SET state = 'cancelled', due = NULL, finished_at = 0")
