@@ -671,12 +671,10 @@ def retry_dead(db: Connection, seqs: list[int] | None, now: float) -> int:
     return len(seqs)
 
 
-def prune(
-    db: Connection, states: Iterable[str], before: float, dry_run: bool = False
-) -> Iterator[int]:
-    """Remove settled jobs that finished before a time, with their history; yield counts.
+def prune(db: Connection, states: Iterable[str], before: float, dry_run: bool = False) -> int:
+    """Remove settled jobs that finished before a time, with their history; return how many.
 
-    Few at a time, so that no claim waits long; the caller drives it to the end.
+    Few at a time, so that no claim waits long.
     """
     # A power cut may bring some back: that is no reason to wait for the disk each time.
     db.execute("PRAGMA synchronous = NORMAL")
@@ -684,7 +682,7 @@ def prune(
     # "+": walk by seq; the index on state would collect and sort a whole state each time.
     old = "finished_at < :before AND +state IN (SELECT value FROM json_each(:wanted))"
     chosen = f"SELECT seq FROM jobs WHERE seq > :last AND {old} ORDER BY seq LIMIT 250"
-    given = {"last": 0, "before": before, "wanted": wanted}
+    given, total = {"last": 0, "before": before, "wanted": wanted}, 0
     while seqs := [row["seq"] for row in db.execute(chosen, given)]:
         count, given["first"], given["last"] = len(seqs), seqs[0], seqs[-1]
         if not dry_run:
@@ -692,7 +690,8 @@ def prune(
             with transaction(db):
                 db.execute(f"DELETE FROM runs WHERE job IN (SELECT seq {these})", given)
                 count = db.execute(f"DELETE {these}", given).rowcount
-        yield count
+        total += count
+    return total
 
 
 def vacuum(db: Connection) -> bool:

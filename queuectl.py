@@ -697,9 +697,8 @@ def configure(place: Place, words: tuple[str, ...], as_json: bool) -> None:
 def prune(place: Place, older_than: float, states: tuple, dry_run: bool, vacuum: bool) -> None:
     """Remove settled jobs and their history. Dead ones only if --state names them."""
     place.hands.take_turns(place.path)
-    count, before = 0, time.time() - older_than
-    for removed in database.prune(place.db, states or ("completed", "cancelled"), before, dry_run):
-        count += removed
+    states, before = states or ("completed", "cancelled"), time.time() - older_than
+    count = database.prune(place.db, states, before, dry_run)
     click.echo(f"{plural(count, 'job')} {'would be ' if dry_run else ''}removed")
     if vacuum and not dry_run and not database.vacuum(place.db):
         click.echo("the file shrinks later: somebody is reading it", err=True)

@@ -410,7 +410,7 @@ class Memory(RuleBasedStateMachine):
     )
     def prune(self, states: set[str], age: float, dry: bool, crash: int | None) -> None:
         def act() -> None:
-            count = sum(database.prune(self.db, sorted(states), self.now - age, dry))
+            count = database.prune(self.db, sorted(states), self.now - age, dry)
             old = [
                 seq
                 for seq, job in self.jobs.items()
