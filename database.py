@@ -780,8 +780,8 @@ def remove_supervisor(db: Connection, supervisor: int) -> None:
 
 # A job as everybody sees it, its fields in this order. Output is of the latest run.
 JOB = """
-    SELECT jobs.id, command, priority, run_at, max_retries, backoff_base, timeout_s, cwd, state,
-           attempts, jobs.exit_code, last_error, stdout, stderr, jobs.worker, created_at,
+    SELECT seq, jobs.id, command, priority, run_at, max_retries, backoff_base, timeout_s, cwd,
+           state, attempts, jobs.exit_code, last_error, stdout, stderr, jobs.worker, created_at,
            updated_at, jobs.started_at, jobs.finished_at, stdout_bytes, stderr_bytes, cancelling
     FROM jobs LEFT JOIN runs ON runs.id = (SELECT max(id) FROM runs WHERE job = seq)"""
 
@@ -905,9 +905,9 @@ def next_due_at(db: Connection) -> float | None:
 SEARCHED = 50_000  # jobs in which one page of a search looks for a text
 TOP = 2**53  # above every seq, and exact in JavaScript: the `before` of the first page
 BRIEF = """
-    SELECT id, substr(command, 1, 300) AS command, priority, run_at, max_retries, state, attempts,
-           exit_code, substr(last_error, 1, 300) AS last_error, worker, created_at, updated_at,
-           started_at, finished_at, cancelling
+    SELECT seq, id, substr(command, 1, 300) AS command, priority, run_at, max_retries, state,
+           attempts, exit_code, substr(last_error, 1, 300) AS last_error, worker, created_at,
+           updated_at, started_at, finished_at, cancelling
     FROM jobs"""
 
 
@@ -929,18 +929,16 @@ def jobs_page(
     where, order = "state = :state" if state else "1", "ORDER BY seq DESC LIMIT"
     window = f"{where} AND seq < :before AND seq > :floor"
     if text and before >= TOP:
-        window, given["floor"] = f"id = :text AND +{where}", TOP - 2
+        window, given["floor"] = f"jobs.id = :text AND +{where}", TOP - 2
     elif text:
         edge = f"SELECT seq FROM jobs WHERE {window} {order} 1 OFFSET {SEARCHED}"
         given["floor"] = (db.execute(edge, given).fetchone() or [-1])[0]
-        window += """ AND id != :text
-            AND (instr(lower(command), lower(:text)) OR instr(lower(id), lower(:text)))"""
-    found = db.execute(f"SELECT seq FROM jobs WHERE {window} {order} :limit + 1", given)
-    seqs = [row[0] for row in found]
-    rest = seqs[limit - 1] if len(seqs) > limit else given["floor"] + 1 or None
-    these = "seq IN (SELECT value FROM json_each(:seqs))"
-    chosen = f"{BRIEF if brief else JOB} WHERE {these} {order} :limit"
-    return db.execute(chosen, {"seqs": json.dumps(seqs), "limit": limit}).fetchall(), rest
+        window += """ AND jobs.id != :text
+            AND (instr(lower(command), lower(:text)) OR instr(lower(jobs.id), lower(:text)))"""
+    chosen = f"{BRIEF if brief else JOB} WHERE {window} {order} :limit + 1"
+    rows = db.execute(chosen, given).fetchall()
+    rest = rows[limit - 1]["seq"] if len(rows) > limit else given["floor"] + 1 or None
+    return rows[:limit], rest
 
 
 def lane_runs(db: Connection, since: float, limit: int, also: list[int]) -> list[Row]:
@@ -1010,7 +1008,7 @@ def as_object(row: Row) -> dict[str, Any]:
             found[key] = output_text(row[key], row[key + "_bytes"])
         elif key.endswith("_at") or key == "since":
             found[key] = iso(row[key])
-        elif key not in ("stdout_bytes", "stderr_bytes", "cancelling"):
+        elif key not in ("stdout_bytes", "stderr_bytes", "cancelling", "seq"):
             found[key] = row[key]
     return found
 

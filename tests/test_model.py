@@ -439,6 +439,7 @@ class Memory(RuleBasedStateMachine):
     def both_tell_the_same(self) -> None:
         for seq, job in self.jobs.items():
             row = dict(database.job(self.db, seq))
+            assert row.pop("seq") == seq
             assert not row.pop("stderr") and row.pop("stderr_bytes") in (0, None)
             assert row.pop("stdout_bytes") == (len(row["stdout"]) if row["stdout"] else None)
             cancelling = row.pop("cancelling")
