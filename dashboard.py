@@ -79,7 +79,7 @@ class Watcher:
         self.viewers, self.version, self.stopped = 0, 0, threading.Event()
         self.full = self.delta = b""  # full is empty while nobody watches
         self.runs: dict[int, dict[str, Any]] | None = None  # of the last snapshot, by number
-        self.answers: dict[str, tuple[int, bytes]] = {}  # request: (version as of which, answer)
+        self.answers: dict[str, bytes] = {}  # to what was asked since the last snapshot
 
     def run(self) -> None:
         """Follow the queue while there are viewers, until stopped."""
@@ -125,7 +125,7 @@ class Watcher:
         # A delta cannot say that an open run is gone, or that this is another queue.
         whole = self.runs is None or any(not known[id]["finished_at"] for id in known.keys() - now)
         with self.news:
-            self.version, self.runs = self.version + 1, now
+            self.version, self.runs, self.answers = self.version + 1, now, {}
             found["version"] = self.version
             self.full = b"data: %s\n\n" % as_json(found | {"runs": runs, "whole": True})
             delta = b"data: %s\n\n" % as_json(found | {"runs": changed})
@@ -152,15 +152,13 @@ class Watcher:
             with self.news:
                 self.viewers -= 1
 
-    def shared(self, request: str, as_of: int, make: Callable[[], bytes]) -> bytes:
-        """Return make(), or what it made for another viewer since the snapshot `as_of`."""
+    def shared(self, request: str, make: Callable[[], bytes]) -> bytes:
+        """Return make(), or what it made for another viewer who has asked the same."""
         with self.sharing:
-            version, answer = self.answers.get(request, (-1, b""))
-            if version < as_of:
-                if len(self.answers) > 100:
-                    self.answers.clear()
-                version, answer = self.answers[request] = self.version, make()
-            return answer
+            answers = self.answers  # left behind if a snapshot comes meanwhile
+            if request not in answers:
+                answers[request] = make()
+            return answers[request]
 
     def stop(self) -> None:
         with self.news:
@@ -438,9 +436,9 @@ class Handler(BaseHTTPRequestHandler):
             with opened(self.server.path) as db:
                 return as_json(look(db))
 
-        as_of = 0 if "text" in self.query else max(0, int(self.query.pop("as_of", 0)))
-        request = f"{urlsplit(self.path).path} {sorted(self.query.items())}"
-        answer = self.server.watcher.shared(request, as_of, make) if as_of else make()
+        as_of = 0 if "text" in self.query else int(self.query.get("as_of", 0))
+        watcher = self.server.watcher
+        answer = watcher.shared(self.path, make) if 0 < as_of <= watcher.version else make()
         self.send(200, answer, "application/json")
 
     def jobs(self, db: Any) -> dict[str, Any]:

@@ -608,17 +608,25 @@ def test_fifty_viewers_cost_one_look_each_change_and_no_thread_when_they_leave(
     assert len(looks) == count + 1, "nobody watched, so nothing was looked at"
 
 
-def test_viewers_who_ask_alike_cost_one_look(server: dashboard.Server) -> None:
-    asked = []
-    answers = [server.watcher.shared("a", 5, lambda: asked.append(1) or b"x") for _ in range(3)]
-    assert answers == [b"x"] * 3 and len(asked) == 3, "none is as of version 5 yet"
-    server.watcher.version = 5
-    for _ in range(3):
-        server.watcher.shared("a", 5, lambda: asked.append(1) or b"x")
-    assert len(asked) == 4
-    server.watcher.version = 6
-    server.watcher.shared("a", 6, lambda: asked.append(1) or b"y")
-    assert len(asked) == 5
+def test_viewers_who_ask_alike_cost_one_look(
+    server: dashboard.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, look = [], database.jobs_page
+    monkeypatch.setattr(database, "jobs_page", lambda *a: looks.append(1) or look(*a))
+
+    def looks_for(query: str) -> int:
+        looks.clear()
+        for _ in range(3):
+            asked(server, f"/api/jobs?{query}")
+        return len(looks)
+
+    assert looks_for("as_of=1") == looks_for("as_of=0") == looks_for("") == 3
+    server.watcher.publish({}, [])
+    assert looks_for("as_of=1") == 1 and looks_for("as_of=1&state=dead") == 1
+    assert looks_for("as_of=1") == 0 and looks_for("as_of=-1") == 3
+    assert looks_for("as_of=2") == 3, "what was made for an earlier one is too old"
+    server.watcher.publish({}, [])
+    assert looks_for("as_of=2") == 1
 
 
 def test_a_viewer_that_missed_a_snapshot_is_sent_all(server: dashboard.Server) -> None:
