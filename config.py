@@ -359,17 +359,6 @@ def parse_number(text: str, name: str) -> float:
     raise BadInput(f'{name}: "{text}" is not a number')
 
 
-def parse_duration(text: str) -> float:
-    """Return seconds from `90`, `90s`, `1.5h`, `500ms`, `7d`. Raises BadInput."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|[smhdw])?", text.strip())
-    if match:
-        unit = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800, None: 1}
-        seconds = float(match[1]) * unit[match[2]]
-        if seconds <= 100 * YEAR_S:
-            return seconds
-    raise BadInput(f'"{text}" is no duration; write it like 30s, 5m, 2h or 7d')
-
-
 def shown(value: Any) -> str:
     """Return a JSON value as a message names it."""
     if isinstance(value, (dict, list)):

@@ -412,20 +412,3 @@ def test_one_bad_entry_at_any_place_of_any_layout_is_named_by_its_line(jobs, bad
     text, lines = lay_out([*parts[:place], (bad, 1), *parts[place:]], array)
     with pytest.raises(BadInput, match=f"^line {lines[place]}: "):
         entries(text)
-
-
-# --- durations -------------------------------------------------------------------------------
-
-
-DURATIONS = {"90": 90, "90s": 90, "500ms": 0.5, "5m": 300, "1.5h": 5400, " 3 s ": 3, "0": 0}
-
-
-@pytest.mark.parametrize("text, seconds", (DURATIONS | {"7d": 604_800, "2w": 1_209_600}).items())
-def test_a_duration_is_a_number_and_a_unit(text, seconds):
-    assert config.parse_duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", [*"s -5s +5 1e3 5M 1h30m nan inf 101y".split(), "", "9" * 400])
-def test_what_is_no_duration_is_shown_with_an_example(text):
-    with pytest.raises(BadInput, match="is no duration; write it like 30s"):
-        config.parse_duration(text)

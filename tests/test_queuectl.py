@@ -20,6 +20,7 @@ from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from conftest import DEADLINE_S, ROOT, Queue, eventually
 
@@ -1279,3 +1280,20 @@ def test_ctrl_c_while_it_is_still_loading_ends_it_without_a_traceback(queue: Que
     queue.environment["PYTHONPATH"] = str(queue.folder)
     done = queue.run("status")
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+# --- durations -------------------------------------------------------------------------------
+
+
+DURATIONS = {"90": 90, "90s": 90, "500ms": 0.5, "5m": 300, "1.5h": 5400, " 3 s ": 3, "0": 0}
+
+
+@pytest.mark.parametrize("text, seconds", (DURATIONS | {"7d": 604_800, "2w": 1_209_600}).items())
+def test_a_duration_is_a_number_and_a_unit(text: str, seconds: float) -> None:
+    assert queuectl.duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", [*"s -5s +5 1e3 5M 1h30m nan inf 101y".split(), "", "9" * 400])
+def test_what_is_no_duration_is_shown_with_an_example(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is no duration; write it like 30s"):
+        queuectl.duration(text)
