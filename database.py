@@ -197,10 +197,11 @@ def connect(path: str, durable: bool = True, patience_s: float = BUSY_TIMEOUT_S)
         pages = max(50, min(4000, free.f_bavail * free.f_frsize // 16_384))
         db.execute(f"PRAGMA wal_autocheckpoint = {pages}")
         db.execute("PRAGMA journal_size_limit = 33554432")  # of what a stalled reader made grow
-        if identity(db) != (APPLICATION_ID, VERSION):
+        if new := identity(db) != (APPLICATION_ID, VERSION):
             migrate(db, path)
-        elif not durable:  # once for each worker: VACUUM INTO, for one, makes copies without it
-            use_wal(db)
+        if new or not durable:  # once for each worker: VACUUM INTO, for one, makes copies without
+            with suppress(sqlite3.OperationalError):  # then another is at it, which is good enough
+                db.execute("PRAGMA journal_mode = WAL")  # readers and a writer work at once
     except BaseException as error:
         db.close()
         if isinstance(error, (sqlite3.Error, UnicodeError)):  # of a message that quotes damage
@@ -250,13 +251,11 @@ def identity(db: Connection) -> tuple[int, int]:
 
 def migrate(db: Connection, path: str) -> None:
     """Bring a new or an older file to VERSION, all steps in one transaction."""
-    tables = "SELECT 1 FROM sqlite_master"
-    if db.execute(tables).fetchone() is None:
-        use_wal(db)
     with transaction(db):
         # Only what is read here, under the lock, counts: another process may have been faster.
         owner, version = identity(db)
-        new = (owner, version) == (0, 0) and db.execute(tables).fetchone() is None
+        tables = db.execute("SELECT 1 FROM sqlite_master").fetchone()
+        new = (owner, version) == (0, 0) and tables is None
         if not new and (owner != APPLICATION_ID or version < 1):
             raise QueueError(f"{path} is a database, but no queue; use another --db")
         if version > VERSION:
@@ -267,13 +266,6 @@ def migrate(db: Connection, path: str) -> None:
                 db.execute(statement)
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {VERSION}")
-
-
-def use_wal(db: Connection) -> None:
-    """Let readers and a writer work at once. Of two who make the queue at the same moment SQLite
-    refuses one, however long it would wait, for the other is at it: then that is good enough."""
-    with suppress(sqlite3.OperationalError):
-        db.execute("PRAGMA journal_mode = WAL")
 
 
 @contextmanager
