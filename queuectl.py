@@ -91,7 +91,6 @@ def main() -> int:
     except (click.Abort, KeyboardInterrupt):
         code = 130
     except OSError as error:  # nobody reads on (`list | head`), or there is no room for the result
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to flush must not fail again
         told = f"{error.filename or 'standard output'}: {error.strerror}"
         if error.errno == errno.ENOENT and not error.filename:
             told = "the current directory is gone; change to another"
