@@ -276,25 +276,22 @@ class Server(ThreadingTCPServer):  # no HTTPServer: that would ask the DNS for o
             os.unlink(self.token_path)
 
     def process_request(self, request: Any, address: Any) -> None:
-        """Give a connection its thread. A crowd of silent ones cannot keep out one that asks."""
+        """Give a connection its thread, when others have made room for it."""
         with self.lock:
             self.connections[request] = time.monotonic() + REQUEST_S
-            if len(self.connections) > CONNECTIONS:
-                self.turn_out(min(self.connections, key=self.connections.__getitem__))
+        self.service_actions()
         super().process_request(request, address)
 
     def service_actions(self) -> None:
-        """Turn out who was to have asked by now, however slowly the bytes come. Called twice a
-        second, and whenever somebody has come."""
+        """Turn out who was to have asked by now, however slowly the bytes come; of a crowd sooner:
+        silent ones cannot keep out one that asks. Called twice a second, too."""
         with self.lock:
             for request, until in list(self.connections.items()):
-                if until <= time.monotonic():
-                    self.turn_out(request)
-
-    def turn_out(self, request: Any) -> None:
-        del self.connections[request]
-        with suppress(OSError):  # its thread reads the end of it, and leaves
-            request.shutdown(socket.SHUT_RDWR)
+                crowd = until < math.inf and len(self.connections) > CONNECTIONS
+                if until <= time.monotonic() or crowd:
+                    del self.connections[request]
+                    with suppress(OSError):  # its thread reads the end of it, and leaves
+                        request.shutdown(socket.SHUT_RDWR)
 
     def shutdown_request(self, request: Any) -> None:
         with self.lock:
