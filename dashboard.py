@@ -366,11 +366,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, routes: dict[str, Callable[[], None]], changes: bool = False) -> None:
         try:
-            url = urlsplit(self.path)
-            self.query = dict(parse_qsl(url.query, errors="replace"))
-            if not self.is_let_in(url.path, changes):
+            path, _, query = self.path.partition("?")
+            self.query = dict(parse_qsl(query, errors="replace"))
+            if not self.is_let_in(path, changes):
                 self.send(403, REFUSAL)
-            elif url.path not in routes:
+            elif path not in routes:
                 code = 404 if routes else 405
                 self.send(code, f"{self.responses[code][0]}\n".encode())
             else:
@@ -379,7 +379,7 @@ class Handler(BaseHTTPRequestHandler):
                     if self.connection not in self.server.connections:
                         return  # turned out: what it has asked for meanwhile is not done
                     self.server.connections[self.connection] = math.inf
-                routes[url.path]()
+                routes[path]()
         except (database.SQLiteError, ArithmeticError, LookupError, TypeError) as error:
             self.send_json({"error": database.error_text(error, self.server.path)}, 503)
         except QueueError as error:

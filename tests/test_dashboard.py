@@ -224,6 +224,7 @@ def test_a_queue_that_is_removed_is_said_to_be_gone_and_not_made_anew(window: Wi
 # --- who is let in ---------------------------------------------------------------------------
 
 PATHS = "/ /events /metrics /api/status /api/workers /api/jobs /api/job?id=a /nothing".split()
+PATHS.append("http://[")  # no URL at all
 
 
 @pytest.mark.parametrize("method", "GET HEAD POST PUT PATCH DELETE OPTIONS".split())
