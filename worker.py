@@ -56,10 +56,9 @@ NOT_COUNTED = ("stopped", "stopped with its worker; not counted")
 class Ending:
     """A session on its way out, and what is to be recorded once nothing of it is left."""
 
-    def __init__(self, worker: Any, outcome: str, error: str, run: int | None, kill_at: float):
+    def __init__(self, worker: Any, outcome: str, error: str, kill_at: float):
         self.worker = worker  # its row of database.workers
         self.outcome, self.error = outcome, error
-        self.run = run  # the run that this is about; None: whichever the worker holds
         self.kill_at = kill_at  # when, on the monotonic clock, asking turns into SIGKILL
         self.asked: set[int] = set()
         self.last_signal, self.told = signal.SIGTERM, False
@@ -368,34 +367,34 @@ class Supervisor:
             silent = silent + elapsed if heartbeat == row["heartbeat_at"] else -1.0
             self.silences[row["id"]] = (row["heartbeat_at"], silent)
 
-    def judge(self, row: Any, mine: bool, mono: float) -> tuple[str, str, int | None] | None:
-        """Say why this worker's session is to be ended: (outcome, error, run), or None."""
+    def judge(self, row: Any, mine: bool, mono: float) -> tuple[str, str] | None:
+        """Say why this worker's session is to be ended: (outcome, error), or None."""
         child = self.children.get(row["pid"]) if mine else None
         others = not mine and is_alive(row, "supervisor_")
         watched = others and not is_stopped(row["supervisor_pid"])
         stopped = self.stopped_for(row["pid"], mono)
         # It may have the lock, without which no heartbeat comes: so none is waited for.
         if not watched and stopped > row["lock_timeout_s"] and is_alive(row):
-            return "failed", f"worker lost: silent for {duration_text(stopped)}", None
+            return "failed", f"worker lost: silent for {duration_text(stopped)}"
         # What another container or host does, only its supervisor's heartbeat tells.
         if others or is_hidden(row):
             heartbeat, silent = self.silences.get(row["supervisor"], (None, 0.0))
             if heartbeat == row["heartbeat_at"] and silent > row["lock_timeout_s"]:
-                return "failed", f"worker lost: silent for {duration_text(silent)}", None
+                return "failed", f"worker lost: silent for {duration_text(silent)}"
             return None  # its supervisor's to judge: it alone knows why it ended this worker
         if max(row["stop"], self.stopping if mine else 0) > 1:
-            return *NOT_COUNTED, None
+            return NOT_COUNTED
         gone = child.exitcode is not None if child else not is_alive(row)
         if gone:
             cause = f": {signal_text(child.exitcode)}" if child and child.exitcode < 0 else ""
-            return "failed", f"worker lost{cause}", None
+            return "failed", f"worker lost{cause}"
         if row["cancelling"]:
-            return "cancelled", "cancelled", row["run"]
+            return "cancelled", "cancelled"
         running = row["run"] and row["exit_code"] is None
         late = running and 0 < row["timeout_s"] < mono - row["started_mono"]
         # A worker that is alone holds a result for which there is no room yet.
         if late and (children(row["pid"]) or len(session_members(row["pid"])) > 1):
-            return "failed", f"timed out after {duration_text(row['timeout_s'])}", row["run"]
+            return "failed", f"timed out after {duration_text(row['timeout_s'])}"
         return None
 
     def stopped_for(self, pid: int, mono: float) -> float:
@@ -447,9 +446,9 @@ class Supervisor:
         run = database.held_by(db, name)
         if run:
             outcome, error = ending.outcome, ending.error
-            if ending.run not in (None, run.id):
-                outcome, error = NOT_COUNTED  # it had just gone on to another job
             lost = error.startswith("worker lost")  # then nobody knows how the command ended
+            if run.id != row["run"] and not lost:
+                outcome, error = NOT_COUNTED  # it had just gone on to another job
             limit = self.settings["output_limit_bytes"]
             out, err = [file_tail(path, limit) for path in output_paths(self.path, name)]
             exit_code = None if lost else -ending.last_signal

@@ -146,7 +146,7 @@ def test_a_session_is_emptied_of_every_process_group_in_it(queue: Queue) -> None
         db, run = claimed(queue, leader.pid, worker.process_birth(leader.pid))
         looks = settler(queue)[0]
         row = database.workers(db)[0]
-        looks.endings[run.worker] = worker.Ending(row, "failed", "timed out", None, kill_at=0)
+        looks.endings[run.worker] = worker.Ending(row, "failed", "timed out", kill_at=0)
         eventually(lambda: looks.tick(db, time.time(), 1) or queue.state("a") == "failed", "", 5)
         db.close()
         leader.wait()

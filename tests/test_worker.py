@@ -799,8 +799,8 @@ def test_a_timeout_comes_as_the_worker_goes_on_to_the_next_job(queue: Queue) -> 
     gone.wait()
     db, run = claimed(queue, gone.pid)
     looks = settler(queue)[0]
-    row = database.workers(db)[0]
-    ending = worker.Ending(row, "failed", "timed out", run.id - 1, kill_at=0)
+    row = dict(database.workers(db)[0], run=run.id - 1)
+    ending = worker.Ending(row, "failed", "timed out", kill_at=0)
     looks.endings[run.worker] = ending
     looks.settle(db, ending)
     db.close()
