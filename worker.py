@@ -643,12 +643,8 @@ def serve(supervisor: Supervisor) -> None:
     def wanted() -> bool:
         return not desk.flooded and signal.SIGTERM not in signals and os.getppid() == supervisor.pid
 
-    run = None
-    while run or wanted():
-        if run:
-            run = hand_in(desk, run, run_one(desk, run), wanted)
-            continue
-        seen = next_at = None
+    while wanted():
+        run = seen = next_at = None
         try:
             seen = database.data_version(desk.db)  # now, for a change during the look must count
             run, next_at = desk.claim()
@@ -665,6 +661,8 @@ def serve(supervisor: Supervisor) -> None:
             desk.say("trouble", text)
         if not run:
             rest(desk, [wake, supervisor.lifeline], seen, next_at)
+        while run:
+            run = hand_in(desk, run, run_one(desk, run), wanted)
 
 
 def rest(desk: Desk, others: list[int], seen: int | None, next_at: float | None) -> None:
