@@ -701,11 +701,9 @@ def run_one(desk: Desk, run: Run) -> Result:
     desk.say("started", f"{run.job} (run {run.attempt} of {run.max_retries + 1}): {run.command}")
     began, newest = time.monotonic(), newest_pid()
     code, error = execute(desk, run)
-    leftovers = has_left(newest, began)
-    if leftovers or (code and run.stop_line):
+    if has_left(newest, began) or (code and run.stop_line):
         with suppress(database.SQLiteError):  # from here on no timeout counts: `judge`
             database.note_exit(desk.db, run, code)
-    if leftovers:
         end_leftovers(desk)
     if code and run.stop_line:
         # The line has failed, but has the command? Somebody may have killed the launcher alone, or
