@@ -321,7 +321,9 @@ class Supervisor:
                 bound_output(self.path, row["worker"], self.settings["output_limit_bytes"])
         over = []
         for ending in self.endings.values():
-            if self.emptied(ending, mono) and self.ended_afar(db, ending, mono):
+            row = ending.worker  # if it works elsewhere, this queue is a copy, its run not ours
+            copied = is_alive(row) and works_elsewhere(row["pid"], self.path)
+            if copied or (self.emptied(ending, mono) and self.ended_afar(db, ending, mono)):
                 over.append(ending)
             elif ending.far and ending.far.tries and self.stopping > 2:
                 self.reap(ending.worker["pid"])  # leave it, as it is, to the next supervisor
@@ -410,8 +412,6 @@ class Supervisor:
         birth = process_birth(row["pid"])
         if row["boot"] != boot_id() or birth not in (None, row["birth"]):
             return True  # another boot, or a recycled pid: nothing of the old session can live
-        if works_elsewhere(row["pid"], self.path):
-            return True  # this queue is a copy, and the run is the original's
         if birth:
             # The worker goes first, at once, lest it record what its dying job returns.
             send(row["pid"], signal.SIGKILL)
@@ -433,8 +433,7 @@ class Supervisor:
         """
         name, pid = ending.worker["worker"], ending.worker["pid"]
         run = database.held_by(db, name)  # none any more: another supervisor has settled it
-        copied = is_alive(ending.worker) and works_elsewhere(pid, self.path)
-        if not run or not run.stop_line or copied:
+        if not run or not run.stop_line:
             return True
         ending.far = ending.far or FarEnd(run, partial(self.say, name, pid), leader=True)
         return ending.far.reached(mono)
