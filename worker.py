@@ -126,7 +126,7 @@ class Supervisor:
         self.trouble = ""  # what was said last of a database that cannot be used
         self.busy = self.told = False  # whether jobs of ours run; whether it was said that we leave
         self.looked_at = 0.0  # when we last looked
-        self.beat_at = self.spawn_at = 0.0  # when the next heartbeat, the next fork may be
+        self.beat_at = 0.0  # when the next heartbeat may be
         self.db, self.file, self.beside = None, None, {}  # its files as `file_key` has them
         self.patience_s = database.BUSY_TIMEOUT_S
         if count:  # for who has the lock may be a stopped worker, which we are to end
@@ -211,8 +211,6 @@ class Supervisor:
             alive = [pid for pid, child in self.children.items() if child.exitcode is None]
             push(alive, set(), hard=False)
         while not self.stopping and len(self.children) < self.count:
-            if time.monotonic() < self.spawn_at:
-                return
             # SQLite's connections must not be carried over a fork (sqlite.org/howtocorrupt.html,
             # 2.6); a signal between it and the worker's own handlers would be lost: hold it back.
             self.disconnect()
@@ -232,7 +230,8 @@ class Supervisor:
                     with suppress(OSError):
                         os.close(handle)
                 self.say("supervisor", self.pid, "trouble", f"no new worker: {error.strerror}")
-                self.spawn_at = time.monotonic() + 1
+                time.sleep(IDLE_TICK_S)
+                return
             finally:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             if time.monotonic() > self.looked_at + IDLE_TICK_S:
@@ -474,8 +473,6 @@ class Supervisor:
         del self.children[pid]
         if child.exitcode == DAMAGED:
             self.fatal = f"{self.path} is damaged; see `doctor`"
-        if child.exitcode == 1:  # a worker that fails by itself is not replaced in a hurry
-            self.spawn_at = time.monotonic() + 1
         return child.exitcode
 
 
@@ -620,6 +617,7 @@ def work(supervisor: Supervisor) -> None:
     try:
         serve(supervisor)
     except Exception as error:
+        time.sleep(1)  # lest those who fail one after the other keep the machine busy
         text = database.error_text(error, supervisor.path)  # raises what is a mistake of ours
         supervisor.say("worker", os.getpid(), "trouble", text)
         raise SystemExit(DAMAGED if database.is_damage(text) else 1) from None
