@@ -133,14 +133,14 @@ class Supervisor:
 
     def run(self) -> None:
         """Work until told to stop or, draining, until nothing is left to do."""
-        self.begin()
-        self.look()  # first what others left behind; who resists its end holds up its job alone
-        while not (self.stopping and not self.children):
-            self.keep_count()
-            self.sleep()
-            self.look()
-        database.remove_supervisor(self.queue(), self.id)
-        self.close()
+        with closing(self):  # also if the queue is gone, in the end
+            self.begin()
+            self.look()  # first what others left behind; who resists its end holds up its job alone
+            while not (self.stopping and not self.children):
+                self.keep_count()
+                self.sleep()
+                self.look()
+            database.remove_supervisor(self.queue(), self.id)
         self.say("supervisor", self.pid, "left", "")
         if self.fatal:
             raise QueueError(self.fatal)

@@ -420,6 +420,20 @@ def test_a_try_is_not_left_running(queue, how):
     db.close()
 
 
+def test_a_try_is_not_left_running_when_the_queue_is_removed(queue):
+    hang, file = queue.folder / "hang", queue.folder / "pid"
+    line = f"if [ -e {hang} ]; then echo $$ > {file}; exec sleep 60; fi"
+    enqueue(queue, "a", "sleep 60")
+    process = queue.start("--launcher", "sh -c {command}", "--launcher-stop", line)
+    reaches(queue, "a", "processing")
+    hang.touch()
+    worker.send(queue.workers()[0]["pid"], signal.SIGKILL)
+    pid = int(eventually(lambda: file.exists() and file.read_text(), "a try"))
+    (queue.folder / "queue.db").unlink()
+    assert process.wait(20) == 1
+    eventually(lambda: worker.process_birth(pid) is None, "it has ended")
+
+
 def far_end(line: str, leader: bool = True) -> tuple[worker.FarEnd, list[str]]:
     run = database.Run(1, "w1", 0, 1, "a", 1, 0, 0, "true", "/", 0, "", line)
     said: list[str] = []
