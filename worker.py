@@ -235,6 +235,8 @@ class Supervisor:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             if time.monotonic() > self.looked_at + IDLE_TICK_S:
                 self.look()  # hundreds of forks take long, and others listen for our heartbeat
+        if self.db is None:
+            self.look()  # only while connected does one notice that a file was removed
 
     def queue(self) -> Any:
         """Return the connection.

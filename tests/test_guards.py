@@ -131,6 +131,15 @@ def test_who_forks_for_long_is_heard_meanwhile(queue: Queue) -> None:
     assert ledger.read_text() == "a\nb\n", "one was taken for lost, and ran again"
 
 
+def test_who_has_forked_is_connected_again_before_it_sleeps(queue: Queue) -> None:
+    """Else a file of the queue that is removed meanwhile would not be missed."""
+    start_patched(queue, "worker.IDLE_TICK_S = worker.BUSY_TICK_S = 60")
+    eventually(queue.workers, "it has forked")
+    handles = Path(f"/proc/{queue.supervisors[0].pid}/fd")
+    names = lambda: [os.path.realpath(each) for each in handles.iterdir()]  # noqa: E731
+    eventually(lambda: f"{queue.path}-shm" in names(), "it is connected", 15)
+
+
 def test_a_session_is_emptied_of_every_process_group_in_it(queue: Queue) -> None:
     """A shell with `set -m`, or timeout(1), makes groups of its own: the session holds them all.
 
