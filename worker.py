@@ -229,14 +229,15 @@ class Supervisor:
                     with suppress(OSError):
                         os.close(handle)
                 self.say("supervisor", self.pid, "trouble", f"no new worker: {error.strerror}")
-                time.sleep(IDLE_TICK_S)
-                return
+                break
             finally:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             if time.monotonic() > self.looked_at + IDLE_TICK_S:
                 self.look()  # hundreds of forks take long, and others listen for our heartbeat
         if self.db is None:
             self.look()  # only while connected does one notice that a file was removed
+        if not self.stopping and len(self.children) < self.count:
+            time.sleep(IDLE_TICK_S)
 
     def queue(self) -> Any:
         """Return the connection.

@@ -21,7 +21,7 @@ import database
 import worker
 
 WRITE = "UPDATE supervisors SET stop = 1"
-PATCHED = """import os, signal, subprocess, sys
+PATCHED = """import os, signal, subprocess, sys, time
 sys.path.insert(0, {root!r})
 import database, queuectl, worker
 {patch}
@@ -51,13 +51,13 @@ BaseProcess.start = start
 sys.argv += ["--count", "6"]"""
 
 
-def start_patched(queue: Queue, patch: str) -> None:
+def start_patched(queue: Queue, patch: str, *options: str) -> None:
     """`worker start` with a change worked in; the queue's last check ends it."""
     program = queue.folder / "patched.py"
     program.write_text(PATCHED.format(root=str(ROOT), patch=patch))
     with open(queue.folder / "log", "wb") as log:
         process = subprocess.Popen(
-            [sys.executable, str(program), "worker", "start"],
+            [sys.executable, str(program), "worker", "start", *options],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -404,6 +404,33 @@ os.fork = fork"""
     start_patched(queue, patch)
     eventually(lambda: queue.states()["completed"], "it has run")
     assert len(set((queue.folder / "open").read_text().split())) == 1
+
+
+def test_no_more_processes_can_be_had_and_signals_and_a_removed_file_are_noticed(
+    queue: Queue,
+) -> None:
+    patch = """
+me, real_fork, real_sleep = os.getpid(), os.fork, time.sleep
+def fork():
+    os.fork = no_more
+    return real_fork()
+def no_more():
+    raise OSError(11, "not now")
+def sleep(span):
+    if os.fork is no_more and os.getpid() == me:
+        with open("held_back", "a") as file:
+            print(signal.pthread_sigmask(signal.SIG_BLOCK, []), file=file)
+        if os.path.exists("b"):
+            os.rename("b", "removed")
+            os.unlink("queue.db-shm")
+    real_sleep(span)
+os.fork, time.sleep = fork, sleep"""
+    enqueue(queue, "a", "touch b; exec sleep 300", max_retries=0)
+    start_patched(queue, patch, "--count", "2")
+    [process] = queue.supervisors
+    assert process.wait(20) == 1
+    assert "queue.db-shm was removed: leaving" in process.log.read_text()
+    assert set((queue.folder / "held_back").read_text().split("\n")) == {"set()", ""}
 
 
 def test_a_job_that_is_to_run_again_is_told_to_those_who_sleep(queue: Queue) -> None:
