@@ -418,8 +418,8 @@ class Supervisor:
         left = session_members(row["pid"])
         hard = mono >= ending.kill_at or self.stopping > 2
         push(left, ending.asked, hard, partial(self.say, row["worker"], row["pid"]))
-        if hard and left:
-            ending.last_signal = signal.SIGKILL
+        if hard and left and ending.last_signal != signal.SIGKILL:
+            ending.last_signal, ending.kill_at = signal.SIGKILL, mono
         if left and not ending.told and mono > ending.kill_at + HANG_S:
             ending.told = True
             told = f"process {left[0]} does not end: a disk or a network that hangs?"

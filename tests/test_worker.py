@@ -770,6 +770,7 @@ def test_a_worker_records_a_run_that_was_taken_from_it(queue: Queue) -> None:
 def test_a_process_may_not_be_signalled_and_is_waited_for(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    queue.configure(kill_grace_s=5)
     enqueue(queue, "a", "true")
     command = ["sh", "-c", "sleep 300 & echo $!"]  # the leader ends; its session lives
     leader = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
@@ -783,12 +784,14 @@ def test_a_process_may_not_be_signalled_and_is_waited_for(
         for mono in range(5):
             looks.tick(db, time.time(), mono)
         assert (queue.state("a"), told) == ("processing", ["waits"])
-        for mono in range(5, 20):  # after five seconds of grace and five more: it does not end
+        for mono in (20, 24):  # held up meanwhile, perhaps: the grace is over, SIGKILL goes out
             looks.tick(db, time.time(), mono)
+        assert told == ["waits"]
+        looks.tick(db, time.time(), 26)  # five seconds after that: it does not end
     assert (queue.state("a"), told) == ("processing", ["waits", "waits"])
-    looks.tick(db, time.time(), 20)
+    looks.tick(db, time.time(), 27)
     eventually(lambda: worker.process_birth(child) is None)
-    looks.tick(db, time.time(), 21)
+    looks.tick(db, time.time(), 28)
     db.close()
     assert queue.state("a") == "failed"
 
