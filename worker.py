@@ -514,9 +514,10 @@ def stop(path: str, settings: Settings, say: Say, now: bool, timeout_s: float | 
         rows = live_workers(settler.queue())  # before any of them can have heard it
         if any(is_alive(row) and row["pid"] == os.getsid(0) for row in rows):
             raise QueueError("this is a job of these workers: it would wait for itself")
-        asked = database.ask_to_stop(settler.queue(), 2 if now else 1)
         for row in filter(is_alive, database.supervisors(settler.queue())):
-            send(row["pid"], signal.SIGCONT)  # stopped (Ctrl+Z) it would not hear us
+            if not works_elsewhere(row["pid"], path):
+                send(row["pid"], signal.SIGCONT)  # stopped (Ctrl+Z) it would not hear us
+        asked = database.ask_to_stop(settler.queue(), 2 if now else 1)
         if timeout_s is not None:
             settler.disconnect()
             settler.patience_s = 1  # for each look from now on

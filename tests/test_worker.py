@@ -521,6 +521,19 @@ def test_stop_is_heard_by_a_supervisor_that_was_stopped(queue: Queue) -> None:
     assert queue.run("worker", "stop", check=0).stdout == "1 worker stopped\n"
 
 
+def test_stop_on_a_copy_does_not_wake_the_originals_supervisor(queue: Queue) -> None:
+    queue.configure(lock_timeout_s=2)
+    process = queue.start()
+    copy = str(queue.folder / "copy.db")
+    with closing(sqlite3.connect(queue.path)) as db:
+        db.execute("VACUUM INTO ?", (copy,))
+    os.kill(process.pid, signal.SIGSTOP)
+    eventually(lambda: worker.is_stopped(process.pid))
+    queue.run("--db", copy, "worker", "stop", check=0)
+    assert worker.is_stopped(process.pid)
+    os.kill(process.pid, signal.SIGCONT)
+
+
 def test_all_workers_of_all_supervisors_are_stopped_at_once(queue: Queue) -> None:
     enqueue(queue, "a", UNTIL_GO)
     supervisors = [queue.start(), queue.start(count=2)]
