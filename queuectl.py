@@ -55,8 +55,19 @@ class Place:
     path = config_path = ""
 
     @cached_property
+    def opened(self) -> tuple[Any, os.stat_result]:
+        db = click.get_current_context().with_resource(closing(database.connect(self.path)))
+        return db, os.stat(self.path)
+
+    @property
     def db(self) -> Any:
-        return click.get_current_context().with_resource(closing(database.connect(self.path)))
+        """Raises QueueError once the file is gone or another: what one adds there nobody would run,
+        and what one waits for would never come."""
+        db, file = self.opened
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), file):
+                return db
+        raise database.QueueError(f"{self.path} is gone")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -300,8 +311,6 @@ def enqueue(place: Place, job: str, file: str, lines: bool, as_json: bool, **opt
     cwd = config.check_text("cwd", os.getcwd())
     jobs = config.check_jobs(entries, place.settings, cwd, ignored)
     database.gather(place.db, jobs)
-    if not os.path.exists(place.path):  # all this may have taken long
-        raise database.QueueError(f"{place.path} is gone: nothing was enqueued")
     first, last = database.enqueue(place.db, time.time())  # now, when all has come in
     database.ring(place.path, last - first + 1)
     if ignored:

@@ -342,7 +342,22 @@ def test_a_queue_that_is_removed_meanwhile_acknowledges_nothing(tmp_path: Path) 
     for name in ("queue.db", "queue.db-wal", "queue.db-shm"):
         (tmp_path / name).unlink()
     said, remarks = process.communicate(b"echo lost\n", timeout=30)
-    assert (process.returncode, said) == (1, b"") and b"is gone: nothing was enqueued" in remarks
+    assert (process.returncode, said) == (1, b"") and remarks.endswith(b"queue.db is gone\n")
+
+
+@pytest.mark.parametrize("words", ["wait", "wait a", "logs a --follow", "status --watch"])
+def test_a_queue_is_replaced_while_one_waits_for_it(tmp_path: Path, words: str) -> None:
+    """By a copy, in which the job will never settle where this one looks."""
+    queue = Queue(tmp_path)
+    queue.run("enqueue", '{"id": "a", "command": "true"}', check=0)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen([*QUEUECTL, *words.split()], **streams, env=queue.environment)
+    assert process.stdout.readline()
+    copy = tmp_path / "copy"
+    copy.write_bytes(Path(queue.path).read_bytes())
+    copy.rename(queue.path)
+    said = process.communicate(timeout=DEADLINE_S)[0]
+    assert process.returncode == 1 and said.endswith(b"queue.db is gone\n")
 
 
 def test_doctor_names_the_invariant_that_is_broken(tmp_path: Path) -> None:
