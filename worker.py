@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
 import config
@@ -251,7 +252,7 @@ class Supervisor:
             raise QueueError(self.fatal)
         if self.db is not None:
             self.notice_removal()
-        else:
+        if self.db is None:
             self.db = database.connect(self.path, durable=False, patience_s=self.patience_s)
             self.file, place = file, os.path.realpath(self.path)
             self.beside = {place + end: file_key(place + end) for end in ("-shm", "-wal")}
@@ -262,11 +263,12 @@ class Supervisor:
         for name, known in self.beside.items():
             if known not in (None, file_key(name)):
                 self.fatal = f"{name} was removed: leaving"
-                if name.endswith("-shm"):  # in it are the locks: who comes anew shares none with us
-                    self.asked = 2  # `look` disconnects while the others have the file open: so it
-                    raise QueueError(self.fatal)  # is left alone; then it ends them
                 self.say("supervisor", self.pid, "trouble", self.fatal)
                 self.beside = {}  # what is in the -wal the last of us to close it puts in the file
+                if name.endswith("-shm"):  # in it are the locks: who comes anew shares none with us
+                    self.asked = 2
+                    self.disconnect()  # as long as others have the file open: so it is left alone
+                    push(chain(*map(session_members, self.children)), set(), hard=True)
                 return
 
     def disconnect(self) -> None:
@@ -302,9 +304,9 @@ class Supervisor:
             for pid in list(self.children) if self.stopping else []:
                 if pid in ending and not hopeless:
                     continue  # it has its grace, and meanwhile there may be room again
-                self.reap(pid)  # what it held waits in the database for the next supervisor
                 if pid in ending or self.stopping > 1:
                     push(session_members(pid), set(), hard=True)
+                self.reap(pid)  # what it held waits in the database for the next supervisor
             time.sleep(IDLE_TICK_S)
 
     def tick(self, db: Any, now: float, mono: float) -> None:
