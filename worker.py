@@ -38,6 +38,7 @@ Say = Callable[[str, int, str, str], None]  # (who, pid, verb, the rest of the l
 
 BUSY_TICK_S = 0.1  # between two looks while a run is known: how late its timeout is noticed
 IDLE_TICK_S = 0.5  # and while none is
+TURN_LIMIT_S = 1.0  # the longest wait for one's turn to write
 SHORT_S = 0.03  # in so short a run no machine gives all its pids, 32,768 or more, once round
 HANG_S = 5.0  # after SIGKILL: then a process that is still there is named
 STOP_LIMIT_S = 30.0  # for each try of a stop line
@@ -838,8 +839,14 @@ def take_turns(path: str) -> None:
 
     For speed alone: who finds SQLite's lock taken looks again after 1, 2, 5 ... ms, and may be
     unlucky each time; here the kernel sends the next one on as soon as the last one is through.
-    Not for a supervisor: it must not wait for a stopped worker that it is to end.
+    Not for a supervisor: it must not wait for a stopped worker that it is to end. And nobody waits
+    long: who has the turn may have been stopped (Ctrl+Z), and SQLite's lock is the one that counts.
     """
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, too_long)
     with suppress(OSError):  # no run directory: then there are no workers either
         folder = os.open(database.run_directory(path), os.O_RDONLY | os.O_DIRECTORY)
         database.turn = partial(turn, folder)
@@ -847,7 +854,12 @@ def take_turns(path: str) -> None:
 
 @contextmanager
 def turn(folder: int) -> Iterator[None]:
-    fcntl.flock(folder, fcntl.LOCK_EX)
+    with suppress(TimeoutError):
+        signal.setitimer(signal.ITIMER_REAL, TURN_LIMIT_S)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     try:
         yield
     finally:

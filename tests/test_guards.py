@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import sqlite3
@@ -431,6 +432,21 @@ os.fork, time.sleep = fork, sleep"""
     assert process.wait(20) == 1
     assert "queue.db-shm was removed: leaving" in process.log.read_text()
     assert set((queue.folder / "held_back").read_text().split("\n")) == {"set()", ""}
+
+
+def test_somebody_keeps_the_turn_to_write_and_nobody_waits_for_long(queue: Queue) -> None:
+    """As a `prune` does that was stopped (Ctrl+Z) between two transactions."""
+    enqueue(queue, "a", "true")
+    os.mkdir(queue.path + ".run", 0o700)
+    folder = os.open(queue.path + ".run", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        queue.start(count=2)
+        eventually(lambda: queue.states()["completed"], "it has run")
+        queue.run("prune", "--older-than", "0s", check=0)
+        assert queue.states()["total"] == 0
+    finally:
+        os.close(folder)
 
 
 def test_a_job_that_is_to_run_again_is_told_to_those_who_sleep(queue: Queue) -> None:
