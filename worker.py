@@ -1062,13 +1062,16 @@ def send(pid: int, number: int) -> bool:
 
 
 def push(pids: Iterable[int], asked: set[int], hard: bool, say: Any = lambda *_: None) -> None:
-    """Ask each process to end, once, or `hard` end it; say, once, which may not be signalled."""
-    refused = []
-    for pid in pids:
+    """Ask processes to end, or `hard` end them; say, once, which may not be signalled.
+
+    Asked are those who are there at first: what they start to clean up has the grace to do so.
+    """
+    first, refused = not asked, []
+    for pid in pids if first or hard else ():
         if hard:
             allowed = send(pid, signal.SIGKILL) or pid in asked
         else:  # SIGCONT too, for a stopped process does not hear SIGTERM
-            allowed = pid in asked or (send(pid, signal.SIGTERM) and send(pid, signal.SIGCONT))
+            allowed = send(pid, signal.SIGTERM) and send(pid, signal.SIGCONT)
         asked.add(pid)
         refused += [] if allowed else [str(pid)]
     if refused:

@@ -839,6 +839,15 @@ def test_a_run_takes_too_long_and_ends_with_all_that_it_started(queue: Queue) ->
         assert job["stdout"] == "before\n"
 
 
+def test_what_is_asked_to_end_can_start_what_cleans_up(queue: Queue) -> None:
+    queue.configure(kill_grace_s=20)
+    careful = "trap 'sleep 1; echo cleaned $?; exit' TERM; sleep 300 & wait"
+    enqueue(queue, "late", careful, timeout=1, max_retries=0)
+    enqueue(queue, "left", f"({careful}) & sleep 0.5")
+    queue.drain()
+    assert [queue.job(id)["stdout"] for id in ("late", "left")] == ["cleaned 0\n"] * 2
+
+
 def test_a_run_is_cancelled_with_all_that_it_started_and_never_runs_again(queue: Queue) -> None:
     for id, (command, _) in TREES.items():
         enqueue(queue, id, f"echo >> begun; {command}")
