@@ -310,11 +310,12 @@ class Server(ThreadingTCPServer):  # no HTTPServer: that would ask the DNS for o
 
     def is_ours(self, host: str) -> bool:
         """Say whether a Host header names this server. Another name may be a site that has its own
-        name point here (DNS rebinding); a bare number cannot be."""
+        name point here (DNS rebinding); a bare number cannot be, nor localhost."""
         if self.ip.is_unspecified:
             with suppress(ValueError):
                 return bool(ipaddress.ip_address(urlsplit(f"//{host}").hostname or ""))
-        return host.lower() in (self.host, self.host.removesuffix(":80"))
+        names = self.host, f"localhost:{self.port}"
+        return host.lower() in (*names, *(name.removesuffix(":80") for name in names))
 
 
 def kept_token(path: str) -> str:

@@ -283,6 +283,12 @@ def test_another_host_name_is_turned_away_even_with_the_token(window: Window, ho
     connection.close()
 
 
+def test_localhost_is_let_in_with_the_token(window: Window) -> None:
+    host = f"LocalHost:{window.port}"
+    assert window.ask("/?token=" + window.token, host=host).status == 200
+    assert window.ask("/", host=host).status == 403
+
+
 def test_a_change_needs_more_than_the_cookie(window: Window) -> None:
     add(window.queue, {"id": "a"})
     page = window.ask("/?token=" + window.token)
