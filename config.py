@@ -58,6 +58,7 @@ SET_BY_QUEUE = frozenset(
     " created_at updated_at started_at finished_at runs".split()
 )
 ID_LIMIT = 128
+TEXT_LIMIT = 131_071  # bytes: so long one argument of a program may be (execve(2), Linux)
 
 # Of ISO 8601: a date, a time, its offset; with all separators or without.
 MOMENT = r"""(?ax)(?P<year>\d{4}) (-?) (?P<month>\d\d) \2 (?P<day>\d\d)
@@ -241,9 +242,11 @@ def check_text(name: str, value: Any) -> str:
     if "\0" in value:
         raise BadInput(f'"{name}" contains a NUL character')
     try:
-        value.encode()
+        size = len(value.encode())
     except UnicodeEncodeError as error:
         raise BadInput(f'"{name}" is not valid Unicode: {error.reason}') from None
+    if size > TEXT_LIMIT:
+        raise BadInput(f'"{name}" has {size:,} bytes, over {TEXT_LIMIT:,}; put it into a script')
     return value
 
 

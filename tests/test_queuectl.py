@@ -24,6 +24,7 @@ import click
 import pytest
 from conftest import DEADLINE_S, ROOT, Queue, eventually
 
+import config
 import database
 import queuectl
 
@@ -554,6 +555,7 @@ BAD_FILES = [
     (2, 'line 2: not JSON: "," or "]" is missing', [], '[{"command": "a"}\n{"command": "b"}]'),
     (2, "something follows the array", [], '[{"command": "a"}] x'),
     (2, 'line 1: a job needs a "command"', [], "{}"),
+    (2, 'line 2: "command" has 131,072 bytes, over', ["--lines"], "true\n" + "x" * 131_072),
     (2, 'line 2: unknown field "b"', [], '{"command": "a"}\r\n{"command": "a", "b": 1}\r\n'),
     (1, 'line 2: the id "x" is used twice', [], '{"command":"a","id":"x"}\n' * 2),
     (1, 'line 2: the id "good" is in use', [], '{"command":"a"}\n{"command":"a","id":"good"}\n'),
@@ -681,10 +683,11 @@ def test_a_damaged_settings_file_is_an_error_that_names_the_place(
 
 
 def test_a_run_that_cannot_start_fails_and_the_worker_lives_on(queue: Queue) -> None:
+    queue.configure(launcher="exec sh -c {command}")
     gone = queue.folder / "gone"
     gone.mkdir()
     jobs = [
-        {"id": "long", "command": "true " + "x" * 200_000, "max_retries": 0},
+        {"id": "long", "command": "true ".ljust(config.TEXT_LIMIT, "x"), "max_retries": 0},
         {"id": "lost", "command": "true", "cwd": str(gone), "max_retries": 0},
         {"id": "next", "command": "echo fine"},
     ]
