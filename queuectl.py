@@ -67,7 +67,7 @@ class Place:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self.path), file):
                 return db
-        raise database.QueueError(f"{self.path} is gone")
+        raise database.QueueError(f"{self.path} is gone or was replaced")
 
     @property
     def settings(self) -> dict[str, Any]:
