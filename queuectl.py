@@ -744,9 +744,9 @@ def doctor(place: Place, as_json: bool) -> int:
     """
     try:
         found = list(database.check(place.db))
-    except database.QueueError as error:
+    except (database.QueueError, database.SQLiteError) as error:
         cause = "a failing disk, a copy that was cut short, a newer queuectl, another program"
-        problem = str(error).replace("`doctor` tells more; ", "")
+        problem = database.error_text(error, place.path).replace("`doctor` tells more; ", "")
         found = [("the file can be opened as a queue", problem, cause)]
     cause = "a chmod: who writes them has commands run as their owner (a launcher is one)"
     exposed = database.exposed(place.path, place.config_path)

@@ -328,6 +328,14 @@ def test_doctor_says_of_a_file_that_was_cut_short_what_is_wrong(tmp_path: Path) 
     assert json.loads(queue.run("doctor", "--json", check=1).stdout)["ok"] is False
 
 
+def test_doctor_names_a_file_that_sqlite_cannot_open(tmp_path: Path) -> None:
+    folder = tmp_path.joinpath(*["d" * 200] * 3)  # it takes 512 bytes; as if it were not ours
+    folder.mkdir(parents=True)
+    (folder / "queue.db").touch()
+    done = Queue(tmp_path).run("--db", str(folder / "queue.db"), "doctor", "--json", check=1)
+    assert "cannot be opened" in json.loads(done.stdout)["checks"][0]["problem"]
+
+
 def test_a_queue_that_is_removed_meanwhile_acknowledges_nothing(tmp_path: Path) -> None:
     queue = Queue(tmp_path)
     queue.run("init", check=0)
