@@ -391,6 +391,20 @@ worker.take_turns = take_turns"""
     eventually(lambda: queue.states()["completed"], "it has run", 30)
 
 
+def test_stop_is_heard_by_a_supervisor_that_was_stopped_with_the_lock(queue: Queue) -> None:
+    patch = """
+def beat(*_):
+    database.beat = real
+    with database.transaction(_[0]):
+        os.kill(os.getpid(), signal.SIGSTOP)
+real, database.beat = database.beat, beat"""
+    start_patched(queue, patch)
+    [process] = queue.supervisors
+    eventually(lambda: worker.is_stopped(process.pid))
+    assert queue.run("worker", "stop", "--timeout", "10s", check=0).stderr == ""
+    assert process.wait(20) == 0
+
+
 def test_no_more_processes_can_be_had_for_a_while_and_no_file_stays_open(queue: Queue) -> None:
     patch = """
 real = os.fork

@@ -1215,6 +1215,23 @@ def test_a_file_of_the_queue_is_removed_and_its_workers_leave(queue: Queue, end:
     assert queue.states()["completed"] == queue.states()["total"]
 
 
+def test_the_index_of_the_log_is_removed_while_a_run_is_being_ended(queue: Queue) -> None:
+    """What it had come to is recorded, and who waits for its end hears of it."""
+    queue.configure(kill_grace_s=3, max_retries=0)
+    command = "trap '' TERM; touch begun; while :; do sleep 0.1; done"
+    enqueue(queue, "late", command, timeout=0.5)
+    process = queue.start()
+    eventually((queue.folder / "begun").exists, "it runs")
+    words = [sys.executable, str(ROOT / "queuectl.py"), "worker", "stop"]
+    with subprocess.Popen(words, env=queue.environment, stdout=subprocess.PIPE) as stop:
+        eventually(lambda: queue.json("worker", "list") == [], "its worker is being ended")
+        (queue.folder / "queue.db-shm").unlink()
+        assert process.wait(timeout=DEADLINE_S) == 1
+        assert stop.communicate()[0].endswith(b" stopped\n"), "0 if it was slow"
+    assert "queue.db-shm was removed: leaving" in process.log.read_text()
+    assert runs(queue, "late") == [("failed", "timed out after 0.5 s")]
+
+
 def test_who_slept_while_the_queue_was_replaced_leaves_the_new_ones_workers_alone(
     queue: Queue,
 ) -> None:
