@@ -556,7 +556,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*")
     asked = parser.parse_args()
     if wrong := [name for name in asked.names if name not in SCENES]:
-        text = f'Error: no scene "{wrong[0]}"; there are: {", ".join(SCENES)}'
+        text = f"Error: no scene {json.dumps(wrong[0])}; there are: {', '.join(SCENES)}"
         print(text, file=sys.stderr)
         return 2
     if asked.list:

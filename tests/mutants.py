@@ -27,7 +27,7 @@ TABLE = Path(__file__).with_name("mutants.tsv")
 AT_ONCE = 2
 HANGS_S = 180
 MARK = "MUTANT_RUN"  # in the environment of all that a run starts, to find what it leaves behind
-NOT_COPIED = (".*", "__pycache__", "queue.db*")
+NOT_COPIED = (".*", "__pycache__", "*.db*")
 CAUGHT = 1  # pytest's exit code for "tests failed"; others mean that it could not run them
 
 
