@@ -211,7 +211,8 @@ class Supervisor:
             # Who is alive, or not reaped: so long the pid is still the child's.
             alive = [pid for pid, child in self.children.items() if child.exitcode is None]
             push(alive, set(), hard=False)
-        while not self.stopping and len(self.children) < self.count:
+        failed = False
+        while not failed and not self.stopping and len(self.children) < self.count:
             # SQLite's connections must not be carried over a fork (sqlite.org/howtocorrupt.html,
             # 2.6); a signal between it and the worker's own handlers would be lost: hold it back.
             self.disconnect()
@@ -231,14 +232,14 @@ class Supervisor:
                     with suppress(OSError):
                         os.close(handle)
                 self.say("supervisor", self.pid, "trouble", f"no new worker: {error.strerror}")
-                break
+                failed = True
             finally:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             if time.monotonic() > self.looked_at + IDLE_TICK_S:
                 self.look()  # hundreds of forks take long, and others listen for our heartbeat
         if self.db is None:
             self.look()  # only while connected does one notice that a file was removed
-        if not self.stopping and len(self.children) < self.count:
+        if failed:
             time.sleep(IDLE_TICK_S)
 
     def queue(self) -> Any:

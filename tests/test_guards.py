@@ -463,6 +463,24 @@ def test_somebody_keeps_the_turn_to_write_and_nobody_waits_for_long(queue: Queue
         os.close(folder)
 
 
+def test_a_worker_takes_the_place_of_another_while_others_are_ended_and_nobody_sleeps(
+    queue: Queue,
+) -> None:
+    patch = """
+me, real = os.getpid(), time.sleep
+def sleep(span):
+    if os.getpid() == me:
+        open("slept", "w").close()
+    real(span)
+time.sleep = sleep"""
+    for n in range(20):
+        enqueue(queue, f"a{n}", "exec sleep 300", timeout=0.2 + n / 20, max_retries=0)
+    start_patched(queue, patch, "--count", "4", "--drain")
+    assert queue.supervisors[0].wait(60) == 0
+    assert queue.states()["dead"] == 20
+    assert not (queue.folder / "slept").exists()
+
+
 def test_a_job_that_is_to_run_again_is_told_to_those_who_sleep(queue: Queue) -> None:
     """Its supervisor is killed with its worker; another settles the job, whose worker is idle."""
     queue.configure(poll_interval_ms=60_000, backoff_base=0.5, backoff_jitter=0, kill_grace_s=0)
