@@ -271,6 +271,7 @@ class Supervisor:
                     self.asked = 2
                     self.disconnect()  # as long as others have the file open: so it is left alone
                     push(chain(*map(session_members, self.children)), set(), hard=True)
+                    time.sleep(2 * IDLE_TICK_S)  # until the others have seen it, and done the same
                 return
 
     def disconnect(self) -> None:
