@@ -1018,12 +1018,18 @@ def children(pid: int) -> list[str]:
     return []
 
 
+def parent(pid: int) -> int:
+    """Return the pid of a process's parent; 0 if it has just ended."""
+    status = process_status(pid)
+    return int(status[1]) if status else 0
+
+
 def process_status(pid: int) -> Any:
     """Return /proc/PID/stat from the state on (proc(5): its field 3 is item 0 here), if alive; of
-    what `ps` knows only the two items that are needed here."""
+    what `ps` knows only the three items that are needed here."""
     if sys.platform != "linux":
-        state, _, birth = ask("ps", "-o", "stat=,lstart=", "-p", str(pid)).partition(" ")
-        return None if state[:1] in ("", "Z") else {0: state[0], 19: birth.strip()}
+        state, *told = ask("ps", "-o", "stat=,ppid=,lstart=", "-p", str(pid)).split(None, 2) or [""]
+        return None if state[:1] in ("", "Z") else {0: state[0], 1: told[0], 19: told[1]}
     # Any other error (no more open files) does not say that it is dead.
     gone = FileNotFoundError, ProcessLookupError, PermissionError
     with suppress(*gone), open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
@@ -1066,14 +1072,18 @@ def send(pid: int, number: int) -> bool:
 def push(pids: Iterable[int], asked: set[int], hard: bool, say: Any = lambda *_: None) -> None:
     """Ask processes to end, or `hard` end them; say, once, which may not be signalled.
 
-    Asked are those who are there at first: what they start to clean up has the grace to do so.
+    Asked are those who are there at first, and of the later ones orphans: what somebody starts who
+    has been asked is to clean up, perhaps, and has the grace to do so.
     """
     first, refused = not asked, []
-    for pid in pids if first or hard else ():
+    for pid in pids:
         if hard:
             allowed = send(pid, signal.SIGKILL) or pid in asked
-        else:  # SIGCONT too, for a stopped process does not hear SIGTERM
+        elif first or (pid not in asked and parent(pid) not in pids):
+            # SIGCONT too, for a stopped process does not hear SIGTERM.
             allowed = send(pid, signal.SIGTERM) and send(pid, signal.SIGCONT)
+        else:
+            continue
         asked.add(pid)
         refused += [] if allowed else [str(pid)]
     if refused:

@@ -848,6 +848,17 @@ def test_what_is_asked_to_end_can_start_what_cleans_up(queue: Queue) -> None:
     assert [queue.job(id)["stdout"] for id in ("late", "left")] == ["cleaned 0\n"] * 2
 
 
+def test_who_was_born_as_the_others_were_asked_is_asked_as_an_orphan() -> None:
+    command = ["sh", "-c", "sleep 300 & echo $!"]
+    leader = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    orphan = int(leader.stdout.readline())
+    leader.wait()
+    leader.stdout.close()
+    worker.push([orphan], asked := {leader.pid}, hard=False)
+    eventually(lambda: worker.process_birth(orphan) is None)
+    assert asked == {leader.pid, orphan}
+
+
 def test_a_run_is_cancelled_with_all_that_it_started_and_never_runs_again(queue: Queue) -> None:
     for id, (command, _) in TREES.items():
         enqueue(queue, id, f"echo >> begun; {command}")
