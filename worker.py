@@ -846,7 +846,8 @@ def take_turns(path: str) -> None:
     """
 
     def too_long(*_: object) -> None:
-        raise TimeoutError
+        if signal.getitimer(signal.ITIMER_REAL)[0]:  # else it is a job's: kill -ALRM 0
+            raise TimeoutError
 
     signal.signal(signal.SIGALRM, too_long)
     with suppress(OSError):  # no run directory: then there are no workers either
@@ -857,7 +858,7 @@ def take_turns(path: str) -> None:
 @contextmanager
 def turn(folder: int) -> Iterator[None]:
     with suppress(TimeoutError):
-        signal.setitimer(signal.ITIMER_REAL, TURN_LIMIT_S)
+        signal.setitimer(signal.ITIMER_REAL, TURN_LIMIT_S, TURN_LIMIT_S)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
         finally:

@@ -448,6 +448,13 @@ os.fork, time.sleep = fork, sleep"""
     assert set((queue.folder / "held_back").read_text().split("\n")) == {"set()", ""}
 
 
+def test_a_jobs_alarm_does_not_end_its_workers_wait(queue: Queue) -> None:
+    """The worker uses this signal itself, and is of the same process group."""
+    enqueue(queue, "a", "trap '' ALRM; kill -ALRM 0; echo fine")
+    queue.drain()
+    assert (queue.state("a"), queue.job("a")["stdout"]) == ("completed", "fine\n")
+
+
 def test_somebody_keeps_the_turn_to_write_and_nobody_waits_for_long(queue: Queue) -> None:
     """As a `prune` does that was stopped (Ctrl+Z) between two transactions."""
     enqueue(queue, "a", "true")
