@@ -369,6 +369,8 @@ def exposed(path: str, settings: str = "") -> str:
             status = os.stat(place, follow_symlinks=place != folder)
             if place == folder and not stat.S_ISDIR(status.st_mode):
                 return f"{folder} is not a directory; remove it"
+            if place == path and not stat.S_ISREG(status.st_mode):
+                continue  # no queue, as `connect` says
             # Others cannot replace our files in a sticky directory (/tmp), nor where nobody can
             # (settings on a read-only mount). A group that is our own is let in, but to the queue:
             # where each user has one, umask 002 makes all files so.

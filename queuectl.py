@@ -374,9 +374,9 @@ def start(place: Place, count: int, detach: bool, drain: bool, explain: bool, **
     database.show = show_statements if explain else database.show
     given = {name: check_setting(name, line) for name, line in lines.items() if line is not None}
     settings = place.settings | given
-    place.db.close()  # made if need be; the workers open their own
     if exposed := database.exposed(place.path, place.config_path):
         raise database.QueueError(exposed)
+    place.db.close()  # made if need be; the workers open their own
     if not detach:
         place.hands.Supervisor(place.path, settings, print_event, count, drain).run()
         return
