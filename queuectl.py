@@ -591,6 +591,7 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
     seqs = [*dict.fromkeys([database.find(place.db, id) for id in ids])]
     deadline, told = time.monotonic() + (math.inf if timeout is None else timeout), False
     start = "\r\x1b[K" if sys.stderr.isatty() and not DUMB else ""  # for another line
+    click.get_current_context().call_on_close(lambda: click.echo(start, nl=False, err=True))
     while True:
         began = time.monotonic()
         found = database.counts(place.db, seqs)
@@ -605,7 +606,6 @@ def wait(place: Place, ids: tuple[str, ...], timeout: float | None) -> None:
             break
         told = told or warn_unserved(place, start)
         if (rest := deadline - time.monotonic()) <= 0:
-            click.echo(start, nl=False, err=True)
             after = duration_text(timeout)
             raise database.QueueError(f"after {after} {left} of {plural(total, 'job')} not settled")
         time.sleep(min(pause, rest))

@@ -938,7 +938,7 @@ def test_a_dumb_terminal_is_sent_no_cursor_control(tmp_path: Path) -> None:
 
 def test_wait_status_and_list_know_a_terminal(standing: Queue) -> None:
     code, shown = on_terminal(standing, "wait", "good")
-    assert (code, shown) == (0, "\r\x1b[K1 of 1 settled, 0 running, 0 waiting\r\n")
+    assert (code, shown) == (0, "\r\x1b[K1 of 1 settled, 0 running, 0 waiting\r\n\r\x1b[K")
     code, shown = on_terminal(standing, "wait", "later", "--timeout", "0s")
     assert code == 1 and shown.split("\r\x1b[K")[1:] == [
         "0 of 1 settled, 0 running, 1 waiting",
