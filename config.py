@@ -246,7 +246,7 @@ def check_text(name: str, value: Any) -> str:
     except UnicodeEncodeError as error:
         raise BadInput(f'"{name}" is not valid Unicode: {error.reason}') from None
     if size > TEXT_LIMIT:
-        raise BadInput(f'"{name}" has {size:,} bytes, over {TEXT_LIMIT:,}; put it into a script')
+        raise BadInput(f'"{name}" has {size:,} bytes; a program takes {TEXT_LIMIT:,} at most')
     return value
 
 

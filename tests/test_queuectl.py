@@ -564,7 +564,7 @@ BAD_FILES = [
     (2, 'line 2: not JSON: "," or "]" is missing', [], '[{"command": "a"}\n{"command": "b"}]'),
     (2, "something follows the array", [], '[{"command": "a"}] x'),
     (2, 'line 1: a job needs a "command"', [], "{}"),
-    (2, 'line 2: "command" has 131,072 bytes, over', ["--lines"], "true\n" + "x" * 131_072),
+    (2, 'line 2: "command" has 131,072 bytes; a program', ["--lines"], "true\n" + "x" * 131_072),
     (2, 'line 2: unknown field "b"', [], '{"command": "a"}\r\n{"command": "a", "b": 1}\r\n'),
     (1, 'line 2: the id "x" is used twice', [], '{"command":"a","id":"x"}\n' * 2),
     (1, 'line 2: the id "good" is in use', [], '{"command":"a"}\n{"command":"a","id":"good"}\n'),
