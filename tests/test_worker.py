@@ -883,6 +883,7 @@ def test_a_command_looks_twice_and_loses_no_lock(queue: Queue) -> None:
     To open and close a file drops all locks that a process holds on it. Then a worker that leaves
     takes the log (-wal) away under the first connection, and what it writes is lost.
     """
+    queue.run("init", check=0)
     db = database.connect(queue.path)
     database.connect(queue.path).close()
     queue.drain()
