@@ -23,10 +23,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import lru_cache, partial
-from itertools import chain
 from typing import Any
 
 import config
@@ -270,7 +269,8 @@ class Supervisor:
                 if name.endswith("-shm"):  # in it are the locks: who comes anew shares none with us
                     self.asked = 2
                     self.disconnect()  # as long as others have the file open: so it is left alone
-                    push(chain(*map(session_members, self.children)), set(), hard=True)
+                    for pid in self.children:
+                        push(session_members(pid), set(), hard=True)
                     time.sleep(2 * IDLE_TICK_S)  # until the others have seen it, and done the same
                 return
 
@@ -1070,7 +1070,7 @@ def send(pid: int, number: int) -> bool:
     return True
 
 
-def push(pids: Iterable[int], asked: set[int], hard: bool, say: Any = lambda *_: None) -> None:
+def push(pids: Collection[int], asked: set[int], hard: bool, say: Any = lambda *_: None) -> None:
     """Ask processes to end, or `hard` end them; say, once, which may not be signalled.
 
     Asked are those who are there at first, and of the later ones orphans: what somebody starts who
