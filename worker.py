@@ -858,8 +858,8 @@ def take_turns(path: str) -> None:
 @contextmanager
 def turn(folder: int) -> Iterator[None]:
     with suppress(TimeoutError):
-        signal.setitimer(signal.ITIMER_REAL, TURN_LIMIT_S, TURN_LIMIT_S)
         try:
+            signal.setitimer(signal.ITIMER_REAL, TURN_LIMIT_S, TURN_LIMIT_S)
             fcntl.flock(folder, fcntl.LOCK_EX)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -455,6 +455,28 @@ def test_a_jobs_alarm_does_not_end_its_workers_wait(queue: Queue) -> None:
     assert (queue.state("a"), queue.job("a")["stdout"]) == ("completed", "fine\n")
 
 
+def test_an_alarm_that_comes_as_the_wait_begins_leaves_no_timer_behind(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = signal.setitimer
+
+    def setitimer(which: int, *spans: float) -> None:
+        real(which, *spans)
+        if spans[0]:
+            os.kill(os.getpid(), signal.SIGALRM)
+
+    queue.run("init", check=0)
+    worker.make_run_directory(queue.path)
+    monkeypatch.setattr(database, "turn", database.turn)
+    before = signal.getsignal(signal.SIGALRM)
+    worker.take_turns(queue.path)
+    monkeypatch.setattr(signal, "setitimer", setitimer)
+    with database.turn():
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    real(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
 def test_somebody_keeps_the_turn_to_write_and_nobody_waits_for_long(queue: Queue) -> None:
     """As a `prune` does that was stopped (Ctrl+Z) between two transactions."""
     enqueue(queue, "a", "true")
